@@ -1,0 +1,308 @@
+"""One YAML file a run, validated before anything heavy is imported.
+
+`load_config` gives a `RunConfig`; every complaint names the key, the line and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from regraft.engine.errors import ConfigError, nearest
+
+Rule = Literal["error", "drop"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Column = str | int
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The pretrained encoder."""
+
+    name: str = Field(description="folder, or name on the Hugging Face hub")
+    revision: str | None = Field(None, description="branch, tag or commit on the hub")
+    max_length: int | None = Field(None, ge=3, description="tokens kept of a text or pair; null: what the model takes, at most 512")
+    packing: Literal["auto", "off"] = Field("auto", description="run without pad tokens where the model is proven to allow it")
+    kernels: Literal["auto", "off"] = Field("auto", description="off: plain transformers modules, for comparison")
+    dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
+
+
+class TaskConfig(Section):
+    """What is learned."""
+
+    type: Literal["classification", "multilabel", "regression"] = "classification"
+    labels: list[str] | None = Field(None, description="label names in order; null: found in the training rows")
+    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    label_smoothing: Fraction = 0.0
+    thresholds: Literal["tuned"] | Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="multilabel: one for all, or tuned for each label on the dev rows"
+    )
+    metric: str | None = Field(None, description="what picks the best checkpoint; null: the task's own")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TaskConfig:
+        if self.type == "regression":
+            for key, off in (("labels", None), ("class_weights", "none"), ("label_smoothing", 0.0)):
+                if getattr(self, key) != off:
+                    raise ValueError(f"{key}: a regression has no classes; remove it")
+        if self.type == "multilabel" and self.label_smoothing:
+            raise ValueError("label_smoothing: defined for classification only; remove it or set type: classification")
+        if self.type != "multilabel" and self.thresholds != 0.5:
+            raise ValueError("thresholds: used by type: multilabel only; remove it")
+        if self.labels is not None:
+            if len(set(self.labels)) != len(self.labels):
+                twice = next(x for x in self.labels if self.labels.count(x) > 1)
+                raise ValueError(f"labels: {twice!r} is listed twice")
+            if self.type == "classification" and len(self.labels) < 2:
+                raise ValueError("labels: a classification needs at least two")
+            if isinstance(self.class_weights, dict):
+                for name in self.class_weights:
+                    if name not in self.labels:
+                        raise ValueError(f"class_weights: {name!r} is not in labels{nearest(name, self.labels)}")
+        return self
+
+
+class ColumnsConfig(Section):
+    """Which column is what: a header name, or a 0-based number where the file has no header."""
+
+    text: Column = "text"
+    text_pair: Column | None = None
+    label: Column = "label"
+
+
+class DataConfig(Section):
+    """Labelled rows: jsonl, csv, tsv or parquet (each also .gz), or a dataset on the hub as `hub:NAME`."""
+
+    train: str
+    dev: str | None = Field(None, description="null: dev_fraction of the training rows, stratified and seeded")
+    test: str | None = None
+    dev_fraction: float = Field(0.1, gt=0, lt=1)
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    columns: ColumnsConfig = ColumnsConfig()
+    header: bool = Field(True, description="first line of a csv or tsv names its columns")
+    quoting: Literal["auto", "standard", "none"] = Field("auto", description="auto: standard for csv, none for tsv (as GLUE files need)")
+    encoding: str = "utf-8"
+    label_separator: str = Field(",", min_length=1, description="multilabel: between labels in one csv or tsv cell")
+    missing: Rule = Field("error", description="rows where text or label is missing")
+    empty: Literal["error", "drop", "keep"] = Field("error", description="rows whose text is empty or blank")
+    unknown_label: Rule = Field("error", description="rows in dev or test with a label that training never had")
+    hub_config: str | None = Field(None, description="configuration name of a hub dataset")
+    limit: int | None = Field(None, ge=1, description="use the first rows of the training file only")
+
+
+class EarlyStopping(Section):
+    patience: int = Field(3, ge=1, description="evaluations without a better metric before training stops")
+    min_delta: float = Field(0.0, ge=0)
+
+
+class TrainingConfig(Section):
+    """How it is learned (first block) and how fast (second block: changes no result beyond rounding)."""
+
+    learning_rate: float = Field(5e-5, gt=0)
+    batch_size: int = Field(32, ge=1, description="sequences an optimizer step, over all processes")
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="ends training before `epochs` are over")
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    warmup: float = Field(0.06, ge=0, description="below 1: share of all steps; from 1: steps")
+    decay: Fraction = Field(0.2, description="wsd: share of all steps for the final decay")
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of each layer, as a share of the one above it")
+    head_learning_rate: float | None = Field(None, gt=0, description="null: learning_rate")
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are evaluated and saved")
+    seed: int = Field(0, ge=0)
+    evaluate_every: int | Literal["epoch"] = Field("epoch", description="optimizer steps, or epoch")
+    early_stopping: EarlyStopping | None = None
+    max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row before training stops")
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
+    checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null: the machine's share")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainingConfig:
+        if isinstance(self.evaluate_every, int) and self.evaluate_every < 1:
+            raise ValueError("evaluate_every: must be at least 1")
+        if isinstance(self.token_budget, int) and self.token_budget < 16:
+            raise ValueError("token_budget: must be at least 16 tokens")
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError("betas: both must be in [0, 1)")
+        if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
+            raise ValueError("decay: warmup and decay together exceed the whole run")
+        return self
+
+
+class RunConfig(Section):
+    """Everything one run needs."""
+
+    run: str = Field("runs/{name}", description="run folder; {name} is the name of this file")
+    method: Literal["full", "frozen"] = Field("full", description="full: fine-tune; frozen: train the head alone")
+    model: ModelConfig
+    task: TaskConfig = TaskConfig()
+    data: DataConfig
+    training: TrainingConfig = TrainingConfig()
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]] = []
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        if self.method == "frozen" and self.training.layer_decay != 1.0:
+            raise ValueError("training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full")
+        columns = self.data.columns
+        used = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair is not None else [])
+        if len(set(used)) != len(used):
+            raise ValueError(f"data.columns: the same column {next(c for c in used if used.count(c) > 1)!r} is named twice")
+        if not self.data.header and not all(isinstance(c, int) for c in used):
+            raise ValueError("data.columns: without a header, columns are 0-based numbers")
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML file and apply `--set key=value` overrides.
+
+    Relative paths in the file stay relative to the working directory, as on the command line.
+    Raises ConfigError, naming key, line and nearest valid name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; `regraft init DATA` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as model, data and training, found {type(values).__name__}")
+    lines = _lines(node)
+    _refuse_twice(node, path)
+    for override in overrides or []:
+        key = _apply(values, override)
+        lines[key] = 0
+    values.setdefault("run", "runs/{name}")
+    config = parse_config(values, source=str(path), lines=lines)
+    return config.model_copy(update={"run": config.run.replace("{name}", path.stem)})
+
+
+def parse_config(values: dict[str, Any], *, source: str = "config", lines: dict[tuple, int] | None = None) -> RunConfig:
+    """Validate a nested dict; `lines` maps key paths to 1-based lines of `source`, 0 for the command line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(e, source, lines or {}, values) for e in _distinct(error.errors())]
+        raise ConfigError("\n".join(problems)) from None
+
+
+def config_hash(config: RunConfig) -> str:
+    """Hash of all that decides the result of a run (not of where it is written or how often it is saved)."""
+    data = config.model_dump(mode="json")
+    for key in ("run", "trackers"):
+        data.pop(key)
+    for key in ("checkpoint_every", "threads"):
+        data["training"].pop(key)
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def _lines(node: yaml.Node | None, prefix: tuple = ()) -> dict[tuple, int]:
+    found: dict[tuple, int] = {}
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = (*prefix, key.value)
+            found[path] = key.start_mark.line + 1
+            found.update(_lines(value, path))
+    return found
+
+
+def _refuse_twice(node: yaml.Node | None, path: Path, prefix: str = "") -> None:
+    # YAML itself would let the last one win in silence.
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen: dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if key.value in seen:
+            raise ConfigError(f"{path}:{line}: {prefix}{key.value}: already set in line {seen[key.value]}")
+        seen[key.value] = line
+        _refuse_twice(value, path, f"{prefix}{key.value}.")
+
+
+def _apply(values: dict[str, Any], override: str) -> tuple:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, such as training.learning_rate=3e-5")
+    path = tuple(key.strip().split("."))
+    target = values
+    for part in path[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: {part} holds a value, not keys")
+    try:
+        target[path[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: not a YAML value: {error}") from None
+    return path
+
+
+def _distinct(errors: list[Any]) -> list[Any]:
+    # A union that fails gives one error a member; the first tells enough, the others' expectations are joined to it.
+    merged: dict[tuple, Any] = {}
+    for error in errors:
+        loc = tuple(part for part in error["loc"] if not _is_branch(part))
+        if loc in merged and error["type"] != "extra_forbidden":
+            merged[loc]["msg"] += f"; or {error['msg'][0].lower()}{error['msg'][1:]}"
+        else:
+            merged[loc] = {**error, "loc": loc}
+    return list(merged.values())
+
+
+def _is_branch(part: str | int) -> bool:
+    # pydantic names the member of a union it tried inside the location; no key of ours looks like these.
+    return isinstance(part, str) and (part in {"int", "str", "float", "bool"} or "[" in part or part.startswith("literal"))
+
+
+def _explain(error: Any, source: str, lines: dict[tuple, int], values: dict[str, Any]) -> str:
+    loc = tuple(str(part) for part in error["loc"])
+    key = ".".join(loc)
+    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
+    place = "--set" if line == 0 else f"{source}:{line}" if line else source
+    if error["type"] == "extra_forbidden":
+        valid = _fields_at(loc[:-1])
+        hint = nearest(loc[-1], valid) or f"; valid here: {', '.join(valid)}"
+        return f"{place}: {key}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{place}: {key}: missing, and has no default"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        inner = tuple(message.split(":")[0].split("."))
+        line = lines.get((*loc, *inner), line)
+        place = "--set" if line == 0 else f"{source}:{line}" if line else source
+        return f"{place}: {key + '.' if key else ''}{message}"
+    message = error["msg"][0].lower() + error["msg"][1:].replace("Input should", "should")
+    message = message.replace("input should", "should")
+    return f"{place}: {key}: {message}, found {error['input']!r}"
+
+
+def _fields_at(loc: tuple) -> list[str]:
+    section: Any = RunConfig
+    for part in loc:
+        section = section.model_fields[part].annotation
+        if not hasattr(section, "model_fields"):
+            section = next((a for a in getattr(section, "__args__", ()) if hasattr(a, "model_fields")), None)
+        if section is None:
+            return []
+    return list(section.model_fields)

@@ -1,0 +1,56 @@
+"""Rows of one split, column by column, each knowing the file and line it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from regraft.engine.errors import at
+
+
+@dataclass(frozen=True)
+class Rows:
+    """N rows: `texts` [N], `pairs` [N] or None, raw `labels` [N] (str, int, float, or a list of str/int for
+    multilabel) or None when the source has none.
+
+    `lines` [N] int64 are 1-based lines of `path` (row numbers for parquet and hub datasets); `dropped` counts rows
+    left out by a rule the user chose, by rule.
+    """
+
+    split: str
+    path: str
+    texts: Sequence[str]
+    labels: Sequence[Any] | None
+    lines: np.ndarray
+    pairs: Sequence[str] | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        n = len(self.texts)
+        for name in ("labels", "pairs", "lines"):
+            column = getattr(self, name)
+            if column is not None and len(column) != n:
+                raise ValueError(f"{self.split}: {n} texts but {len(column)} {name}")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def where(self, index: int, column: str | int | None = None) -> str:
+        """`file:line, column 'x'` of row `index`, for an error message."""
+        return at(self.path, int(self.lines[index]), column)
+
+    def take(self, index: np.ndarray, *, split: str | None = None, dropped: dict[str, int] | None = None) -> Rows:
+        """The rows at `index`, in that order."""
+        pick = lambda column: None if column is None else [column[i] for i in index]  # noqa: E731
+        return Rows(
+            split=split or self.split,
+            path=self.path,
+            texts=pick(self.texts) or [],
+            labels=pick(self.labels),
+            lines=self.lines[index],
+            pairs=pick(self.pairs),
+            dropped=self.dropped if dropped is None else dropped,
+        )

@@ -1,0 +1,62 @@
+"""Label names: found in data, matched to rows. A label that is not known is an error that names the row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from regraft.engine.data.rows import Rows
+from regraft.engine.errors import DataError, nearest
+
+
+def name_of(value: Any) -> str:
+    """A label value as its name: 1, 1.0 and '1' are the same label, as csv and parquet write it differently."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def in_order(names: set[str]) -> tuple[str, ...]:
+    """Whole numbers by value, anything else by name: the same order for the same set of labels, always."""
+    if all(n.lstrip("-").isdigit() for n in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def find_names(train: Rows, label_column: str | int) -> tuple[str, ...]:
+    """Label names of a single-label column."""
+    if train.labels is None:
+        raise DataError(f"{train.path}: no label column {label_column!r}")
+    return in_order({name_of(value) for value in train.labels})
+
+
+def index_by_name(labels: tuple[str, ...]) -> dict[str, int]:
+    """Name to number. Where names are words, a number in the data means its place in the list."""
+    index = {str(i): i for i in range(len(labels))} if not any(n.lstrip("-").isdigit() for n in labels) else {}
+    return index | {name: i for i, name in enumerate(labels)}
+
+
+def unknown_label(labels: tuple[str, ...], rows: Rows, row: int, label_column: str | int, name: str) -> DataError:
+    shown = ", ".join(labels[:8]) + (f", ... ({len(labels)} in all)" if len(labels) > 8 else "")
+    return DataError(
+        f"{rows.where(row, label_column)}: label {name!r} is not one that training knows{nearest(name, labels)}; known: {shown}. "
+        "Set data.unknown_label: drop to leave such rows out (they are counted)"
+    )
+
+
+def label_index(
+    labels: tuple[str, ...], rows: Rows, label_column: str | int, unknown: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class numbers [N'] int64 and the rows kept [N'] int64."""
+    if rows.labels is None:
+        raise DataError(f"{rows.path}: no label column {label_column!r}")
+    index = index_by_name(labels)
+    numbers = np.fromiter((index.get(name_of(v), -1) for v in rows.labels), dtype=np.int64, count=len(rows))
+    kept = np.flatnonzero(numbers >= 0)
+    if len(kept) < len(numbers) and unknown == "error":
+        row = int(np.flatnonzero(numbers < 0)[0])
+        raise unknown_label(labels, rows, row, label_column, name_of(rows.labels[row]))
+    return numbers[kept], kept

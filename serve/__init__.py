@@ -1,0 +1,1 @@
+"""What answers requests: bundle -> session -> scheduler -> HTTP, each in a file of its own."""
