@@ -64,9 +64,7 @@ def no_column(column: str | int, names: Sequence[str], place: str, key: str) -> 
 
 
 def _plain(lines: Iterator[str], delimiter: str) -> Iterator[Record]:
-    number = 0
-    for line in lines:
-        number += 1
+    for number, line in enumerate(lines, 1):
         yield number, line.rstrip("\r\n").split(delimiter)
 
 

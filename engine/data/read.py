@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+
 from regraft.engine.config import DataConfig
 from regraft.engine.data.cells import Cells, Table, json_cells, open_cells, parse_json_line
 from regraft.engine.data.gaps import TextRow, fill_or_drop
@@ -120,9 +121,7 @@ def _decoded(stream: IO[bytes] | IO[str], encoding: str) -> Iterator[str]:
     if isinstance(stream, io.TextIOBase):
         yield from without_mark(stream)
         return
-    number = 0
-    for line in stream:
-        number += 1
+    for number, line in enumerate(stream, 1):
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError as error:

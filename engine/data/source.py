@@ -62,7 +62,7 @@ def find_source(path: str | Path, data: DataConfig, *, plain_text: bool = False)
         form = "text"
     if form is None:
         raise DataError(
-            f"{path}: the ending {name.suffix!r} does not tell the format; set data.format to jsonl, csv, tsv or parquet"
+            f"{path}: the ending {name.suffix!r} does not tell the format; set data.format: jsonl, csv, tsv or parquet"
         )
     try:
         codecs.lookup(data.encoding)
@@ -82,7 +82,8 @@ def _not_a_file(path: Path) -> str:
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     if near:
         return f"{path}: no such file (did you mean {str(path.parent / near[0])!r}?)"
-    return f"{path}: no such file; {path.parent} has {', '.join(names[:8]) or 'no files'}{', ...' if len(names) > 8 else ''}"
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{path}: no such file; {path.parent} has {shown or 'no files'}"
 
 
 def open_bytes(source: Source) -> BinaryIO:
