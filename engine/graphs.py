@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from dataclasses import dataclass
@@ -75,6 +76,43 @@ class _PackedGraph(nn.Module):
         return self.running.run_layout(layout, input_ids, position_ids, token_type_ids).float()
 
 
+PADDED_ATTENTION = "regraft_padded"
+
+
+def _padded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    scores = torch.matmul(query * (scaling or query.shape[-1] ** -0.5), key.transpose(-1, -2))
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if sliding_window is not None:
+        cells = torch.arange(query.shape[2], device=query.device)
+        scores = scores + torch.where((cells[:, None] - cells[None, :]).abs() >= sliding_window, -1e9, 0.0)
+    return torch.matmul(torch.softmax(scores, dim=-1), value).transpose(1, 2), None
+
+
+def _padded_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Tensor | None:
+    # transformers' own mask functions build it with vmap, which the exporter cannot fold.
+    return None if attention_mask is None else torch.where(attention_mask > 0, 0.0, -1e9)[:, None, None]
+
+
+def _use_padded_attention(model: nn.Module) -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(PADDED_ATTENTION, _padded_attention)
+    AttentionMaskInterface.register(PADDED_ATTENTION, _padded_mask)
+    with contextlib.suppress(ValueError, NotImplementedError):  # DeBERTa and its like keep their own attention
+        model.set_attn_implementation(PADDED_ATTENTION)
+
+
 class _PaddedGraph(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -106,7 +144,8 @@ def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:
         graph: nn.Module = _PackedGraph(running)
         order = ["input_ids", "position_ids", "pad_index", "token_index", "lengths"]
     else:
-        running.model.set_attn_implementation("eager")
+        running.run_padded("exported padded")
+        _use_padded_attention(running.model)
         graph = _PaddedGraph(running.model)
         order = ["input_ids", "attention_mask"]
     order += ["token_type_ids"] if info.token_types else []

@@ -135,6 +135,9 @@ class RunningModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for module in self.model.modules():
+            if "forward" in vars(module):
+                del module.forward  # what `use_kernels` bound
         if self.packed:
             self.model.set_attn_implementation(self._padded_attention)
         self.packed, self.reason = False, reason

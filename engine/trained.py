@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.engine.config import DataConfig, RunConfig
+from regraft.engine.config import DataConfig, ModelConfig, RunConfig
 from regraft.engine.errors import ModelError, nearest
 from regraft.engine.files import new_folder, write_text
+from regraft.engine.pretrained import resolve
 from regraft.engine.tasks import Task, task_from_spec
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: P
     """Write weights, config, tokenizer and facts, replacing `folder` at once."""
     with new_folder(folder) as beside:
         running.model.save_pretrained(beside)
-        data.tokenizer.save(beside)
+        hugging_face_tokenizer(config.model).save_pretrained(beside)
         facts = {
             "task": data.task.spec(),
             "max_length": data.max_length,
@@ -51,6 +53,14 @@ def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: P
             "seed": config.training.seed,
         }
         write_facts(beside, facts)
+
+
+@lru_cache(maxsize=2)
+def hugging_face_tokenizer(model: ModelConfig) -> Any:
+    """transformers' own tokenizer object, loaded once: its files make the model folder complete."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(model.name), revision=model.revision)
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:
