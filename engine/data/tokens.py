@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +22,15 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.data.token_file import read_arrays, write_arrays
 from regraft.engine.errors import ModelError
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 CHUNK = 2048  # rows handed to the tokenizer at once
 Progress = Callable[[int, int], None]
+# Shortens the long rows of a chunk where they stand: their numbers, the chunk's inputs, its columns of lists.
+Cut = Callable[[np.ndarray, Sequence[Any], list[list[list[int]]]], None]
+    [np.ndarray, Sequence[Any], list[list[list[int]]]], None
+]  # long rows of a chunk, in place in its columns
 
 
 @dataclass(frozen=True)
@@ -116,41 +117,68 @@ def encode(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     inputs: Sequence[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
     with_types = tokenizer.token_types and (pairs is not None or any(tokenizer.backend.encode("a").type_ids))
+    cut = _text_cutter(tokenizer, max_length) if pairs is None else _pair_cutter(tokenizer, max_length)
     ids, types, lengths = [], [], []
-    truncated = cut = 0
-    cutting: Tokenizer | None = None
+    truncated = cut_tokens = 0
     for start in range(0, len(inputs), CHUNK):
-        whole = tokenizer.backend.encode_batch_fast(inputs[start : start + CHUNK])
-        long = [i for i, encoding in enumerate(whole) if len(encoding) > max_length]
-        if long:
-            cut += sum(len(whole[i]) - max_length for i in long)
-            truncated += len(long)
-            cutting = cutting or _that_cuts(tokenizer, max_length)
-            for i, encoding in zip(long, cutting.encode_batch_fast([inputs[start + i] for i in long]), strict=True):
-                whole[i] = encoding
-        lengths.extend(map(len, whole))
-        ids.append(_flat((e.ids for e in whole), np.int32))
+        rows = inputs[start : start + CHUNK]
+        encodings = tokenizer.backend.encode_batch_fast(rows)
+        full = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
+        long = np.flatnonzero(full > max_length)
+        truncated += len(long)
+        cut_tokens += int((full[long] - max_length).sum())
+        columns = [[e.ids for e in encodings]] + ([[e.type_ids for e in encodings]] if with_types else [])
+        cut(long, rows, columns)
+        lengths.append(np.minimum(full, max_length))
+        ids.append(_flat(columns[0], np.int32))
         if with_types:
-            types.append(_flat((e.type_ids for e in whole), np.uint8))
+            types.append(_flat(columns[1], np.uint8))
         if progress:
-            progress(start + len(whole), len(inputs))
+            progress(start + len(rows), len(inputs))
     offsets = np.zeros(len(inputs) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    np.cumsum(np.concatenate(lengths or [offsets[1:]]), out=offsets[1:])
     return TokenStore(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
         offsets=offsets,
         types=np.concatenate(types) if types else None,
         truncated=truncated,
-        cut_tokens=cut,
+        cut_tokens=cut_tokens,
     )
 
 
-def _that_cuts(tokenizer: FastTokenizer, max_length: int) -> Tokenizer:
+def _text_cutter(tokenizer: FastTokenizer, max_length: int) -> Cut:
+    """Cuts single texts where they stand: a second pass over long documents would double the time."""
+    special = tokenizer.backend.encode("a").special_tokens_mask
+    before = next((i for i, one in enumerate(special) if not one), len(special))
+    after = next((i for i, one in enumerate(reversed(special)) if not one), 0)
+    if before + after != tokenizer.special_tokens(pair=False):  # a template of another form
+        return _pair_cutter(tokenizer, max_length)
+
+    def cut(long: np.ndarray, rows: Sequence[Any], columns: list[list[list[int]]]) -> None:
+        for column in columns:
+            for i in long:
+                whole = column[i]
+                if tokenizer.truncation_side == "right":
+                    column[i] = whole[: max_length - after] + whole[len(whole) - after :]
+                else:
+                    column[i] = whole[:before] + whole[len(whole) - (max_length - before) :]
+
+    return cut
+
+
+def _pair_cutter(tokenizer: FastTokenizer, max_length: int) -> Cut:
+    """Lets the tokenizer itself cut, the longer of two texts first."""
     # A copy: a tokenizer in use elsewhere must not begin to cut.
     cutting = deepcopy(tokenizer.backend)
     cutting.encode_special_tokens = tokenizer.backend.encode_special_tokens
     cutting.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
-    return cutting
+
+    def cut(long: np.ndarray, rows: Sequence[Any], columns: list[list[list[int]]]) -> None:
+        for i, encoding in zip(long, cutting.encode_batch_fast([rows[i] for i in long]), strict=True):
+            for column, values in zip(columns, (encoding.ids, encoding.type_ids), strict=False):
+                column[i] = values
+
+    return cut
 
 
 def _flat(lists: Iterable[list[int]], dtype: type) -> np.ndarray:
