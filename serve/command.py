@@ -53,10 +53,17 @@ def serve(arguments: argparse.Namespace) -> int:
     names = ("host", "port", "threads", "max_batch_tokens", "queue_tokens", "max_body_bytes", "max_items", "grace")
     try:
         settings = ServeSettings(**{name: getattr(arguments, name) for name in names})
+    except ValueError as error:
+        return _complain(error)
+    try:
         return _serve(arguments.bundle, settings)
-    except (RegraftError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except RegraftError as error:
+        return _complain(error)
+
+
+def _complain(error: Exception) -> int:
+    print(f"regraft: {error}", file=sys.stderr)
+    return 2
 
 
 def _serve(bundle: str, settings: ServeSettings) -> int:
@@ -70,8 +77,8 @@ def _serve(bundle: str, settings: ServeSettings) -> int:
         from regraft.serve.threads import available_threads
 
         threads = settings.threads or available_threads()
-        # The tokenizer's own threads follow the container's share too.
-        os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+        # Texts are tokenised by the endpoint's own threads; a second pool under them costs more than it brings.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         from regraft.serve.http import create_app
         from regraft.serve.scheduler import Scheduler
         from regraft.serve.session import Session

@@ -12,15 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, create_model
+
 from regraft.engine.bundle import BundleInfo
-from regraft.engine.errors import nearest
 from regraft.engine.tasks import Prediction, Task
 from regraft.serve.limits import BodyLimit
 from regraft.serve.page import info_page
-from regraft.serve.scheduler import Failure, NotReady, Outcome, Overloaded, Scheduler, Ticket, TooLarge
+from regraft.serve.refusals import ClientGone, add_error_answers, error_answer
+from regraft.serve.scheduler import Scheduler
 from regraft.serve.schemas import (
     ANSWERS,
     ErrorAnswer,
@@ -29,11 +29,10 @@ from regraft.serve.schemas import (
     Times,
     answer_fields,
     example_answer,
-    field_path,
 )
 from regraft.serve.settings import ServeSettings
+from regraft.serve.tickets import Failure, Outcome, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
-from starlette.exceptions import HTTPException
 
 
 class Model(Protocol):
@@ -63,7 +62,7 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
         title="Regraft", description=_description(session), version=str(session.info.format), lifespan=lifespan
     )
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    _add_error_answers(app)
+    add_error_answers(app)
     answer_type: Any = ANSWERS[session.task.type]
     predict_answer: Any = create_model(
         "PredictAnswer",
@@ -99,15 +98,15 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
         texts, pairs = [i.text for i in inputs], [i.text_pair for i in inputs]
         items = await asyncio.get_running_loop().run_in_executor(tokenizing, session.tokenize, texts, pairs)
         took = perf_counter() - began
-        readable = [i for i, item in enumerate(items) if item.tokens]
-        rows: list[np.ndarray | Failure] = [Failure("the text has no tokens")] * len(items)
+        readable = [i for i, item in enumerate(items) if item.problem is None]
+        rows: list[np.ndarray | Failure] = [Failure(item.problem or "") for item in items]
         outcome = Outcome((), 0.0, 0.0)
         if readable:
             outcome = await _answer_or_leave(scheduler, scheduler.submit([items[i] for i in readable]), request)
             for i, row in zip(readable, outcome.rows, strict=True):
                 rows[i] = row
         if len(rows) == 1 and isinstance(rows[0], Failure) and not isinstance(body.inputs, list):
-            return _error(500, "item_failed", rows[0].message)
+            return error_answer(500, "item_failed", rows[0].message)
         times = Times(tokenize_ms=_ms(took), queue_ms=_ms(outcome.queue), inference_ms=_ms(outcome.inference))
         return predict_answer(predictions=_answers(session, answer_type, items, rows, body.top_k), times=times)
 
@@ -118,7 +117,7 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
     @app.get("/ready", summary="Can the model answer?", responses={503: {"model": ErrorAnswer}})
     async def ready() -> Any:
         if (problem := scheduler.check()) is not None:
-            return _error(503, "not_ready", problem)
+            return error_answer(503, "not_ready", problem)
         return {
             "ready": True,
             "waiting_tokens": scheduler.waiting_tokens,
@@ -169,10 +168,6 @@ async def _watch(scheduler: Scheduler) -> None:
         await asyncio.sleep(1.0)
 
 
-class ClientGone(Exception):
-    """Nobody reads the answer."""
-
-
 def _answers(
     session: Model, answer_type: Any, items: Sequence[Encoded], rows: Sequence[np.ndarray | Failure], top_k: int | None
 ) -> list[BaseModel]:
@@ -186,65 +181,6 @@ def _answers(
             fields = answer_fields(session.task, next(decoded), top_k)
             answers.append(answer_type(**fields, tokens=item.tokens, truncated=item.truncated))
     return answers
-
-
-def _add_error_answers(app: FastAPI) -> None:
-    """Every error in the same shape, whoever raises it."""
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _error(422, "invalid_request", *_first_complaint(error))
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(_: Request, error: Overloaded) -> Response:
-        return _error(429, "overloaded", str(error), headers={"Retry-After": str(error.retry_after)})
-
-    @app.exception_handler(TooLarge)
-    async def too_large(_: Request, error: TooLarge) -> Response:
-        return _error(413, "request_too_large", str(error))
-
-    @app.exception_handler(NotReady)
-    async def not_ready(_: Request, error: NotReady) -> Response:
-        return _error(503, "not_ready", str(error), headers={"Retry-After": "1"})
-
-    @app.exception_handler(ClientGone)
-    async def gone(_: Request, error: ClientGone) -> Response:
-        return Response(status_code=499)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return _error(error.status_code, "http_error", str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> Response:
-        return _error(500, "internal_error", f"{type(error).__name__}; see the server's log")
-
-
-def _first_complaint(error: RequestValidationError) -> tuple[str, str | None]:
-    """Message and field. One complaint is enough: the first names the place to look at."""
-    first = error.errors()[0]
-    location = first["loc"]
-    if first["type"] == "json_invalid":
-        return f"the body is not JSON: {first['ctx']['error']} at character {location[-1]}", None
-    field = field_path(location)
-    if not field:
-        return 'the body must be a JSON object such as {"inputs": "a text"}, sent as application/json', None
-    if first["type"] == "extra_forbidden":
-        known = ("text", "text_pair") if "<pair>" in location else ("inputs", "top_k")
-        message = f"unknown key{nearest(str(location[-1]), known)}; known are {', '.join(known)}"
-    elif first["type"] == "string_unicode":
-        message = "not valid Unicode: it holds half of a surrogate pair"
-    else:
-        message = first["msg"][:1].lower() + first["msg"][1:]
-    return f"{field}: {message}", field
-
-
-def _error(status: int, code: str, message: str, field: str | None = None, *, headers: Any = None) -> JSONResponse:
-    # The message may quote what the client sent; what cannot be written as UTF-8 is escaped.
-    readable = message.encode("utf-8", "backslashreplace").decode("utf-8")
-    return JSONResponse(
-        {"error": {"code": code, "message": readable, "field": field}}, status_code=status, headers=headers
-    )
 
 
 def _ms(seconds: float) -> float:

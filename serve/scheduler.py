@@ -10,80 +10,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
 
 import numpy as np
+
+from regraft.serve.tickets import Failure, NotReady, Overloaded, Slot, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
 
 Run = Callable[[Sequence[Encoded]], np.ndarray]
-
-
-class Refused(Exception):
-    """The request was not run, or not to its end."""
-
-
-class Overloaded(Refused):
-    """No room in the queue now; worth trying again after `retry_after` whole seconds."""
-
-    def __init__(self, message: str, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class TooLarge(Refused):
-    """The list has more tokens than the queue ever takes."""
-
-
-class NotReady(Refused):
-    """The model cannot answer: the worker died, hangs or fails, or the server is stopping."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What is said about an item that could not be answered."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Answers of one ticket: for each item its logits [C] float32 or a Failure. Seconds it waited for its first batch
-    and seconds of model time of the batches it was in."""
-
-    rows: tuple[np.ndarray | Failure, ...]
-    queue: float
-    inference: float
-
-
-class Ticket:
-    """One admitted request. `future` gives its Outcome, or raises Refused."""
-
-    def __init__(self, items: Sequence[Encoded], submitted: float) -> None:
-        self.items = tuple(items)
-        self.future: Future[Outcome] = Future()
-        self.submitted = submitted
-        self.started: float | None = None
-        self.taken = 0  # items handed to the worker so far
-        self.inference = 0.0
-        self.rows: list[np.ndarray | Failure | None] = [None] * len(self.items)
-        self.missing = len(self.items)
-
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(item.tokens for item in self.items[self.taken :])
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One item of a batch: where its answer goes."""
-
-    ticket: Ticket
-    index: int
-
-    @property
-    def item(self) -> Encoded:
-        return self.ticket.items[self.index]
 
 
 class Scheduler:
@@ -239,7 +172,7 @@ class Scheduler:
             slot.ticket.rows[slot.index] = row
             slot.ticket.missing -= 1
             if not slot.ticket.missing:
-                _finish(slot.ticket)
+                slot.ticket.finish()
         if not sound:
             self._try_probe()
 
@@ -254,11 +187,9 @@ class Scheduler:
                 return [Failure(f"the model failed on this item: {_first_line(error)}")]
             half = len(items) // 2
             return self._rows(items[:half]) + self._rows(items[half:])
-        finite = np.isfinite(logits).all(axis=1)
-        return [
-            row if good else Failure("the model gave a number that is not finite")
-            for row, good in zip(logits, finite, strict=True)
-        ]
+        finite = np.isfinite(logits).all(axis=1).tolist()
+        not_finite = Failure("the model gave a number that is not finite")
+        return [logits[i] if finite[i] else not_finite for i in range(len(items))]
 
     def _try_probe(self) -> None:
         """Can the model answer at all? If not, nobody is left waiting for it."""
@@ -312,19 +243,7 @@ class Scheduler:
             self._waiting.clear()
             self._waiting_tokens = 0
         for ticket in tickets:
-            try:
-                ticket.future.set_exception(NotReady(problem))
-            except InvalidStateError:
-                pass  # cancelled or answered in the meantime
-
-
-def _finish(ticket: Ticket) -> None:
-    rows = tuple(row for row in ticket.rows if row is not None)
-    started = ticket.submitted if ticket.started is None else ticket.started
-    try:
-        ticket.future.set_result(Outcome(rows, started - ticket.submitted, ticket.inference))
-    except InvalidStateError:
-        pass  # the client is gone, or was told that the model hangs
+            ticket.refuse(problem)
 
 
 def _first_line(error: BaseException) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
 from regraft.engine.tasks import Prediction, Task
 
 
@@ -94,37 +95,40 @@ class ItemError(BaseModel):
     error: ErrorDetail
 
 
-class Answered(BaseModel):
-    """What every answer says about the tokens."""
-
-    tokens: int = Field(description="Tokens the model read, special tokens included.")
-    truncated: int = Field(
-        description="Tokens cut off because the text was longer than the model takes; 0 when it was read whole."
-    )
+Tokens = Annotated[int, Field(description="Tokens the model read, special tokens included.")]
+Truncated = Annotated[
+    int, Field(description="Tokens cut off because the text was longer than the model takes; 0 when it was read whole.")
+]
 
 
-class ClassificationAnswer(Answered):
+class ClassificationAnswer(BaseModel):
     """The most probable label. `scores` are soft-max probabilities and sum to one over all labels."""
 
     label: str
     score: float
     scores: dict[str, float]
+    tokens: Tokens
+    truncated: Truncated
 
 
-class MultiLabelAnswer(Answered):
+class MultiLabelAnswer(BaseModel):
     """Every label whose probability reaches its threshold. `scores` are independent of each other (sigmoid)."""
 
     label: list[str]
     scores: dict[str, float]
+    tokens: Tokens
+    truncated: Truncated
 
 
-class RegressionAnswer(Answered):
+class RegressionAnswer(BaseModel):
     """A number, in the unit of the training labels."""
 
     label: float
+    tokens: Tokens
+    truncated: Truncated
 
 
-ANSWERS: dict[str, type[Answered]] = {
+ANSWERS: dict[str, type[BaseModel]] = {
     "classification": ClassificationAnswer,
     "multilabel": MultiLabelAnswer,
     "regression": RegressionAnswer,
@@ -145,7 +149,7 @@ def answer_fields(task: Task, prediction: Prediction, top_k: int | None) -> dict
         return {"label": prediction.label}
     scores = prediction.top(top_k)
     if task.type == "multilabel":
-        return {"label": list(prediction.label), "scores": scores}  # type: ignore[arg-type]
+        return {"label": list(cast(tuple[str, ...], prediction.label)), "scores": scores}
     return {"label": prediction.label, "score": prediction.scores[str(prediction.label)], "scores": scores}
 
 

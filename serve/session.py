@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.bundle import BundleInfo, read_info
 from regraft.engine.errors import BundleError
 from regraft.engine.tasks import Prediction, Task, task_from_spec
-from regraft.serve.inputs import graph_inputs, like_lengths
+from regraft.serve.groups import like_lengths
+from regraft.serve.inputs import graph_inputs
 from regraft.serve.threads import available_threads
 from regraft.serve.tokens import Encoded, TextEncoder
 
@@ -68,7 +70,7 @@ class Session:
         lengths = np.array([item.tokens for item in items], dtype=np.int64)
         logits = np.empty((len(items), self.task.outputs), dtype=np.float32)
         for group in like_lengths(lengths, self._slack):
-            inputs = graph_inputs(self.info, [items[i] for i in group])
+            inputs = graph_inputs(self.info, [items[i].ids for i in group], [items[i].types for i in group])
             logits[group] = self._graph.run(["logits"], inputs)[0]
         return logits
 
@@ -93,9 +95,8 @@ class Session:
             try:
                 self.run(items)
             except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-                raise BundleError(
-                    f"{self.folder / 'model.onnx'}: cannot answer {len(lengths)} texts of up to {max(lengths)} tokens: {error}"
-                ) from None
+                shape = f"{len(lengths)} texts of up to {max(lengths)} tokens"
+                raise BundleError(f"{self.folder / 'model.onnx'}: cannot answer {shape}: {error}") from None
 
     def _check_inputs(self) -> None:
         found = sorted(i.name for i in self._graph.get_inputs())

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
-from regraft.engine.bundle import BundleInfo, write_info
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from regraft.engine.bundle import BundleInfo, write_info
 
 WIDTH = 16
 MAX_LENGTH = 24
