@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.models import RunningModel
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:
 
 
 def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) -> None:
-    dims = {name: torch.export.Dim.DYNAMIC for name in ("T", "B", "L")}
+    dims = dict.fromkeys(("T", "B", "L"), torch.export.Dim.DYNAMIC)
     shapes = {name: {axis: dims[d] for axis, d in axes[name].items()} for name in inputs}
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]

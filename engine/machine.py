@@ -71,7 +71,9 @@ def describe() -> str:
     name = platform.processor() or platform.machine()
     try:
         name = next(
-            line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
         )
     except (OSError, StopIteration):
         pass

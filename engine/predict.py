@@ -11,7 +11,6 @@ from itertools import islice
 from typing import IO, Any
 
 import numpy as np
-
 from regraft.engine.batches import by_length
 from regraft.engine.errors import DataError
 from regraft.engine.tasks import Prediction
@@ -58,7 +57,9 @@ def _cut_tokens(trained: Trained, chunk: list[tuple[str, str | None]], store: An
     cut = np.zeros(len(chunk), dtype=np.int64)
     for i in np.flatnonzero(store.lengths == trained.max_length):
         text, pair = chunk[i]
-        whole = trained.tokenizer.backend.encode(text, pair) if pair is not None else trained.tokenizer.backend.encode(text)
+        whole = (
+            trained.tokenizer.backend.encode(text, pair) if pair is not None else trained.tokenizer.backend.encode(text)
+        )
         cut[i] = len(whole) - trained.max_length
     return cut
 
