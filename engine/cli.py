@@ -19,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"regraft {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # _add_init(commands)
+    _add_init(commands)
     _add_train(commands)
     _add_evaluate(commands)
     _add_predict(commands)
