@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from regraft.engine.data.cache import cache_folder
-from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers
+from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers, load_fast_tokenizer
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.token_file import read_arrays, write_arrays
 from regraft.engine.errors import ModelError
+
+__all__ = ["FastTokenizer", "TokenStore", "cache_folder", "encode", "load_fast_tokenizer", "tokenize"]
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,6 @@ CHUNK = 2048  # rows handed to the tokenizer at once
 Progress = Callable[[int, int], None]
 # Shortens the long rows of a chunk where they stand: their numbers, the chunk's inputs, its columns of lists.
 Cut = Callable[[np.ndarray, Sequence[Any], list[list[list[int]]]], None]
-    [np.ndarray, Sequence[Any], list[list[list[int]]]], None
-]  # long rows of a chunk, in place in its columns
 
 
 @dataclass(frozen=True)
