@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from regraft.engine.errors import RegraftError
@@ -44,15 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue-tokens", type=int, default=DEFAULTS.queue_tokens, help="most tokens that wait; beyond that: 429"
     )
     parser.add_argument("--max-body-bytes", type=int, default=DEFAULTS.max_body_bytes, help="largest request body")
+    parser.add_argument(
+        "--stall", type=float, default=DEFAULTS.stall, help="seconds after which a batch counts as hung: not ready"
+    )
     parser.add_argument("--max-items", type=int, default=DEFAULTS.max_items, help="longest list in one request")
     parser.add_argument("--grace", type=float, default=DEFAULTS.grace, help="seconds to answer what waits when stopped")
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT. Exit code: 0 stopped in good order, 1 not all was answered, 2 could not start."""
-    names = ("host", "port", "threads", "max_batch_tokens", "queue_tokens", "max_body_bytes", "max_items", "grace")
+    given = {f.name: getattr(arguments, f.name) for f in fields(ServeSettings) if hasattr(arguments, f.name)}
     try:
-        settings = ServeSettings(**{name: getattr(arguments, name) for name in names})
+        settings = ServeSettings(**given)
     except ValueError as error:
         return _complain(error)
     try:
