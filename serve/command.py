@@ -71,10 +71,6 @@ def _complain(error: Exception) -> int:
 
 
 def _serve(bundle: str, settings: ServeSettings) -> int:
-    # While loading there is nothing to finish: leave at once. Once it runs, uvicorn handles both signals, and raises
-    # them again after an orderly end, which then must not look like a failure.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
     # Bound before the model is loaded, so that a port in use is told at once, but not listening before it can answer.
     listener = _bind(settings.host, settings.port)
     with listener:
@@ -124,6 +120,12 @@ def _run_until_stopped(app: Any, scheduler: Scheduler, listener: socket.socket, 
     answered = True
 
     class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # A second Ctrl-C means now. Not kept by uvicorn's list of signals, which it raises again at the end: an
+            # orderly end is no failure.
+            self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+            self.should_exit = True
+
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
@@ -144,9 +146,10 @@ def _run_until_stopped(app: Any, scheduler: Scheduler, listener: socket.socket, 
         timeout_keep_alive=65,
         timeout_graceful_shutdown=int(settings.grace) + 2,
     )
-    try:
-        Server(config).run(sockets=[listener])
-    except SystemExit as stopped:
-        if stopped.code not in (0, None):
-            raise
-    return 0 if answered else 1
+    Server(config).run(sockets=[listener])
+    if not answered:
+        # The model is still in its last batch, in code that cannot be interrupted and must not outlive the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0

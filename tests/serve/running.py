@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -133,7 +134,9 @@ def over_http(
 
 def post(body: Any, **options: Any) -> httpx.Response:
     """The answer to one POST /predict, in this process."""
-    return over_http(lambda client: client.post("/predict", json=body), **options)
+    content = json.dumps(body)  # in ASCII: half a surrogate pair can be sent like this
+    headers = {"content-type": "application/json"}
+    return over_http(lambda client: client.post("/predict", content=content, headers=headers), **options)
 
 
 @dataclass(frozen=True)
