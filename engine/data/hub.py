@@ -124,3 +124,14 @@ def _named(label: Any, names: list[str]) -> Any:
     if isinstance(label, list):
         return [names[one] for one in label]
     return None if label is None or label < 0 else names[label]
+
+
+def first_rows(address: str, count: int) -> dict[str | int, list[Any]]:
+    """The first rows of the train split, or the one after #, column by column; class numbers as names."""
+    name, _, asked = address.removeprefix(HUB).partition("#")
+    dataset = _load(name, None, asked, SPLIT_NAMES["train"], address)
+    columns: dict[str | int, list[Any]] = {}
+    for column, values in dataset[:count].items():
+        names = _class_names(dataset.features[column])
+        columns[column] = values if names is None else [_named(value, names) for value in values]
+    return columns

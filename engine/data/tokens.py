@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 from regraft.engine.data.cache import cache_folder
-from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers
+from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers, load_fast_tokenizer
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.token_file import read_arrays, write_arrays
 from regraft.engine.errors import ModelError
+
+__all__ = ["FastTokenizer", "TokenStore", "cache_folder", "encode", "load_fast_tokenizer", "tokenize"]
 
 log = logging.getLogger(__name__)
 
