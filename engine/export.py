@@ -17,7 +17,8 @@ from regraft.engine.bundle import BundleInfo, write_info
 from regraft.engine.errors import DataError, ExportError
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs
-from regraft.engine.machine import available_threads, versions
+from regraft.engine.machine import versions
+from regraft.engine.threads import available_threads
 from regraft.engine.trained import Trained, load_trained
 
 if TYPE_CHECKING:

@@ -68,8 +68,8 @@ def evaluate_file(model: str, file: str | None, style: str) -> int:
     """`regraft evaluate`: figures and the per-class table, or JSON."""
     from regraft.engine.evaluation import evaluate
     from regraft.engine.heldout import encoded, heldout_rows
-    from regraft.engine.machine import available_threads
     from regraft.engine.progress import ProgressBar
+    from regraft.engine.threads import available_threads
 
     _set_threads(available_threads())
     trained = load_trained(model)
@@ -100,7 +100,7 @@ def predict_command(
 ) -> int:
     """`regraft predict`: write one answer a text to standard output, in order, as they come."""
     from regraft.engine.data.read import iter_texts
-    from regraft.engine.machine import available_threads
+    from regraft.engine.threads import available_threads
 
     if texts and file:
         raise DataError(f"both --file {file} and texts on the command line were given; expected one of them")

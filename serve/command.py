@@ -74,7 +74,7 @@ def _serve(bundle: str, settings: ServeSettings) -> int:
     # Bound before the model is loaded, so that a port in use is told at once, but not listening before it can answer.
     listener = _bind(settings.host, settings.port)
     with listener:
-        from regraft.serve.threads import available_threads
+        from regraft.engine.threads import available_threads
 
         threads = settings.threads or available_threads()
         # Texts are tokenised by the endpoint's own threads; a second pool under them costs more than it brings.

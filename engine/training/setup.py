@@ -16,9 +16,10 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.data.split import split_dev
 from regraft.engine.data.tokens import TokenStore, tokenize
 from regraft.engine.errors import ConfigError, DataError
-from regraft.engine.machine import available_threads, cpu_has_bf16
+from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.pretrained import resolve
 from regraft.engine.tasks import Task, build_task
+from regraft.engine.threads import available_threads
 
 if TYPE_CHECKING:
     import torch

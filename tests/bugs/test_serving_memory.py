@@ -8,8 +8,9 @@ import httpx
 import numpy as np
 import psutil
 import serving_support  # noqa: F401
-from bundles import bundle
 from running import running_server
+
+from bundles import bundle
 
 MEBIBYTE = 1 << 20
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from regraft.engine.bundle import BundleInfo
 from regraft.serve.groups import like_lengths
 from regraft.serve.inputs import graph_inputs

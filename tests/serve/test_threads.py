@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from regraft.serve.threads import available_threads, cgroup_cpus
+from regraft.engine.threads import available_threads, cgroup_cpus
 
 
 def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
@@ -22,7 +21,7 @@ def test_the_affinity_mask_of_the_process_limits_the_threads() -> None:
     one = min(os.sched_getaffinity(0))
     code = (
         f"import os; os.sched_setaffinity(0, {{{one}}});"
-        "from regraft.serve.threads import available_threads; print(available_threads())"
+        "from regraft.engine.threads import available_threads; print(available_threads())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
