@@ -89,6 +89,7 @@ class RunningModel(nn.Module):
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(model.forward).parameters)
         self._handles: list[Any] = []
+        self._first_rows_only = False
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
 
     @property
@@ -172,13 +173,15 @@ class RunningModel(nn.Module):
         )
 
     def use_kernels(self) -> None:
-        """Bind the fast versions of dropout and of the last layer on this model's instances; parameters stay."""
-        from regraft.engine.fast import bind_dropout, bind_last_layer
+        """Bind the fast forwards on this model's instances; parameters stay. What changes a logit is taken back."""
+        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
 
         if next(self.model.parameters()).device.type == "cpu":
             bind_dropout(self.model)
-        if self.packed and self._handles:
-            bind_last_layer(self)
+        if self.packed:
+            if self._first_rows_only:
+                bind_last_layer(self)
+            bind_merged_projections(self.model)
 
     def _install(self) -> None:
         for module in self.model.modules():
@@ -186,6 +189,7 @@ class RunningModel(nn.Module):
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
             return
+        self._first_rows_only = True
         last = last_layer(self.model)
         if last is None:
             raise ModelError(f"{type(self.model).__name__}: its last layer was not found")

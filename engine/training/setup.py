@@ -116,7 +116,22 @@ def set_threads(config: RunConfig) -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = config.training.threads or max(1, available_threads() // processes)
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     return threads
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed memory for the next step: returned to the system, 90 MB of gradients and all activations
+    would be mapped and zeroed again page by page in every step. False where the C library is another one."""
+    import ctypes
+
+    trim_threshold, mmap_max = -1, -4  # names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def choose_precision(config: RunConfig) -> str:
