@@ -1,0 +1,34 @@
+"""Packed batches from stored tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from regraft.engine.packing import PackedBatch, pack
+
+if TYPE_CHECKING:
+    from regraft.engine.data.tokens import TokenStore
+
+
+def collate(store: TokenStore, rows: np.ndarray) -> PackedBatch:
+    """The rows, in that order, as one packed batch on the host."""
+    spans = [slice(int(store.offsets[r]), int(store.offsets[r + 1])) for r in rows]
+    types = None if store.types is None else [store.types[s] for s in spans]
+    return pack([store.ids[s] for s in spans], token_types=types)
+
+
+def by_length(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Row numbers of inference batches of at most `budget` tokens, each of rows of like length, the longest first (so
+    that what would run out of memory does so at once)."""
+    order = np.argsort(-lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    start = total = 0
+    for at, row in enumerate(order):
+        if at > start and total + lengths[row] > budget:
+            batches.append(order[start:at])
+            start, total = at, 0
+        total += int(lengths[row])
+    if start < len(order):
+        batches.append(order[start:])
+    return batches

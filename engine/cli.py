@@ -1,0 +1,163 @@
+"""The command line. Nothing heavy is imported before a command is known, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+
+from regraft.engine import __version__
+from regraft.engine.errors import RegraftError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="regraft",
+        description="Graft a new task onto a pretrained encoder: train it, evaluate it, export it, serve it.",
+    )
+    parser.add_argument("--version", action="version", version=f"regraft {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_init(commands)
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_predict(commands)
+    _add_export(commands)
+    for command in entry_points(group="regraft.commands"):
+        command.load()(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; 0 on success, 2 for an error that is the user's to solve, 130 when interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.handler(args) or 0
+    except RegraftError as error:
+        print(f"regraft: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("regraft: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _add_init(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.init_command import add_parser
+
+    add_parser(commands)
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the run's YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, such as training.learning_rate=3e-5",
+    )
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("train", help="train as a YAML file says; started again, it goes on where it stopped")
+    _add_config_arguments(parser)
+    parser.add_argument("--restart", action="store_true", help="throw away what the run folder holds and train anew")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.set_defaults(handler=_train)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from regraft.engine.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from regraft.engine.training.run import train
+
+    result = train(config, restart=args.restart, quiet=args.quiet)
+    if int(os.environ.get("RANK", "0")):
+        return 0
+    for split, metrics in result.metrics.items():
+        print(f"{split:5} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    print(
+        f"{result.steps} steps in {result.seconds:.1f} s; best model: {result.folder / 'best'}; report: {result.folder / 'report.html'}"
+    )
+    return 0
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("evaluate", help="figures of a trained model on labelled rows")
+    parser.add_argument("model", help="run folder or model folder")
+    parser.add_argument("data", nargs="?", help="file with labelled rows; default: the run's test or dev file")
+    parser.add_argument("--format", choices=("table", "json"), default="table")
+    parser.set_defaults(handler=_evaluate)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from regraft.engine.predict import evaluate_file
+
+    return evaluate_file(args.model, args.data, args.format)
+
+
+def _add_predict(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "predict", help="answers for texts: on the command line, from a file or standard input"
+    )
+    parser.add_argument("model", help="run folder or model folder")
+    parser.add_argument(
+        "texts", nargs="*", help="texts; none: --file, or standard input, one text or JSON object a line"
+    )
+    parser.add_argument("--file", help="jsonl, csv, tsv or parquet with the columns the model was trained on")
+    parser.add_argument("--pair", help="second text of a pair, for one text on the command line")
+    parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable labels")
+    parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="default: table on a terminal, else jsonl")
+    parser.set_defaults(handler=_predict)
+
+
+def _predict(args: argparse.Namespace) -> int:
+    from regraft.engine.predict import predict_command
+
+    return predict_command(args.model, args.texts, file=args.file, pair=args.pair, top_k=args.top_k, style=args.format)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("export", help="turn a trained model into a bundle that can be served")
+    parser.add_argument("model", help="run folder or model folder")
+    parser.add_argument("--to", required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument(
+        "--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers"
+    )
+    parser.add_argument("--int8", action="store_true", help="quantise the linear layers' weights to 8 bits")
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="how much of the task's metric int8 may cost, in points of 100",
+    )
+    parser.add_argument("--data", metavar="FILE", help="labelled rows to compare on; default: the run's dev rows")
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.set_defaults(handler=_export)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from regraft.engine.export import export_bundle
+
+    report = export_bundle(
+        args.model,
+        args.to,
+        layout=args.layout,
+        int8=args.int8,
+        max_loss=args.max_loss,
+        data_file=args.data,
+        force=args.force,
+    )
+    print(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""`regraft export`: a graph, shown to answer like the model, with all that serving needs; or a refusal with figures.
+
+Nothing is left half-written: the bundle appears whole, after every check has passed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from regraft.engine.batches import by_length, collate
+from regraft.engine.bundle import BundleInfo, write_info
+from regraft.engine.errors import DataError, ExportError
+from regraft.engine.files import new_folder
+from regraft.engine.graph_inputs import graph_inputs
+from regraft.engine.machine import versions
+from regraft.engine.threads import available_threads
+from regraft.engine.trained import Trained, load_trained
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+    from regraft.engine.data.tokens import TokenStore
+
+PARITY_TOLERANCE = 1e-4
+CHECK_ROWS = 4096
+Run = Callable[[list[np.ndarray], list[np.ndarray] | None], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Held-out rows that model and graph are compared on."""
+
+    store: TokenStore
+    targets: np.ndarray
+    source: str
+    model_metrics: dict[str, float]
+    model_logits: np.ndarray
+
+
+def export_bundle(
+    model: str | Path,
+    to: str | Path,
+    *,
+    layout: str = "packed",
+    int8: bool = False,
+    max_loss: float = 0.5,
+    data_file: str | None = None,
+    force: bool = False,
+) -> str:
+    """Write a bundle and return what was measured, as lines of text.
+
+    `max_loss`: points (hundredths) of the task's metric that int8 may cost. Raises ExportError when the graph differs
+    from the model, int8 costs more than that, or `to` exists and `force` is off.
+    """
+    import torch
+    from regraft.engine.graphs import write_graph
+
+    to = Path(to)
+    if to.exists() and not force:
+        raise ExportError(f"{to}: already there; choose another folder, or replace it with --force")
+    if to.exists() and not (to / "bundle.json").is_file():
+        raise ExportError(f"{to}: not a bundle, so --force does not replace it")
+    torch.set_num_threads(available_threads())
+    trained = load_trained(model)
+    running = trained.running
+    if layout == "packed" and not running.packed:
+        raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
+    comparison = compare_rows(trained, data_file)
+    if int8 and comparison is None:
+        raise ExportError(
+            "int8 is gated on the task's metric and there are no held-out rows: name some with --data FILE"
+        )
+    expected = grid_logits(trained)
+    info = BundleInfo(
+        layout=layout,
+        precision="fp32",
+        task=trained.task.spec(),
+        max_length=trained.max_length,
+        pad_token_id=trained.tokenizer.pad_token_id,
+        position_offset=running.position_offset,
+        token_types=running.uses_token_types,
+        source={"folder": str(trained.folder), "base_model": trained.facts["base_model"]},
+        versions=versions(),
+    )
+    with new_folder(to) as folder:
+        graph = folder / "model.onnx"
+        write_graph(running, info, graph)
+        parity = check_parity(graph_runner(open_graph(graph), info), expected)
+        if int8:
+            assert comparison is not None
+            info = quantise_within(graph, info, trained, comparison, max_loss)
+        else:
+            info = replace(info, quality=_quality(trained, comparison, graph_runner(open_graph(graph), info)))
+        info = replace(info, parity=parity)
+        trained.tokenizer.save(folder)
+        (folder / "README.md").write_text(_readme(info), encoding="utf-8")
+        write_info(folder, info)
+    return _report(to, info)
+
+
+def open_graph(path: Path) -> InferenceSession:
+    """An ONNX Runtime session on the CPU with this process's share of threads."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = available_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def graph_runner(session: InferenceSession, info: BundleInfo) -> Run:
+    return lambda ids, types: session.run(["logits"], graph_inputs(info, ids, types))[0]
+
+
+def grid(vocabulary: int, longest: int) -> list[list[np.ndarray]]:
+    """Batches over the shapes that go wrong: one sequence of one token, the longest, equal and mixed lengths."""
+    generator = np.random.Generator(np.random.Philox(5))
+    shapes = [[1], [7], [longest], [5, 5, 5], [1, longest, 13], [2, 31, 8, 8, 90, 3]]
+    low = min(10, vocabulary - 1)
+    return [[generator.integers(low, vocabulary, min(n, longest)) for n in shape] for shape in shapes]
+
+
+def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
+    """The torch model's logits for every batch of the grid."""
+    import torch
+    from regraft.engine.packing import pack
+
+    running = trained.running
+    running.eval()
+    device = next(running.parameters()).device
+    found = []
+    with torch.no_grad():
+        for batch in grid(running.model.config.vocab_size, trained.max_length):
+            found.append((batch, running(pack(batch).to(device)).float().cpu().numpy()))
+    return found
+
+
+def check_parity(run: Run, expected: list[tuple[list[np.ndarray], np.ndarray]]) -> dict[str, Any]:
+    """Largest logit error over the grid. Raises ExportError beyond PARITY_TOLERANCE of the largest logit."""
+    worst, where = 0.0, ""
+    for batch, logits in expected:
+        found = run(batch, None)
+        scale = max(1.0, float(np.abs(logits).max()))
+        error = float(np.abs(found - logits).max()) / scale if np.isfinite(found).all() else float("inf")
+        if error >= worst:
+            worst, where = error, f"{len(batch)} sequences of {[len(x) for x in batch]} tokens"
+    if worst > PARITY_TOLERANCE:
+        raise ExportError(
+            f"the graph's logits differ from the model's by {worst:.1e} (allowed {PARITY_TOLERANCE:.0e}), worst for {where}; nothing was written"
+        )
+    return {"largest_error": worst, "tolerance": PARITY_TOLERANCE, "batches": len(expected)}
+
+
+def compare_rows(trained: Trained, data_file: str | None) -> Comparison | None:
+    """Held-out rows with the model's own answers; None where the run's files are gone and none was named."""
+    from regraft.engine.evaluation import run_logits
+    from regraft.engine.heldout import encoded, heldout_rows
+
+    try:
+        rows, store, targets = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
+    except DataError:
+        if data_file is not None:
+            raise
+        return None
+    logits = np.empty((len(rows), trained.task.outputs), dtype=np.float32)
+    for batch in by_length(store.lengths, 8192):
+        logits[batch] = run_logits(trained.running, store, batch)
+    return Comparison(store, targets, rows.path, _metrics(trained, logits, targets), logits)
+
+
+def _metrics(trained: Trained, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    metrics = trained.task.metrics()
+    metrics.update(logits, targets)
+    return metrics.compute()
+
+
+def _graph_logits(run: Run, store: TokenStore, rows: np.ndarray, outputs: int) -> np.ndarray:
+    logits = np.empty((len(rows), outputs), dtype=np.float32)
+    for batch in by_length(store.lengths[rows], 4096):
+        packed = collate(store, rows[batch])
+        starts = packed.cu_seqlens.numpy()
+        cut = lambda t: None if t is None else [t.numpy()[a:b] for a, b in zip(starts, starts[1:])]  # noqa: E731, B023, B905
+        logits[batch] = run(cut(packed.input_ids) or [], cut(packed.token_type_ids))
+    return logits
+
+
+def _quality(trained: Trained, comparison: Comparison | None, run: Run) -> dict[str, Any]:
+    if comparison is None:
+        return {}
+    every = np.arange(len(comparison.targets))
+    logits = _graph_logits(run, comparison.store, every, trained.task.outputs)
+    found = _metrics(trained, logits, comparison.targets)
+    name = trained.task.metric
+    return {
+        "data": comparison.source,
+        "rows": len(every),
+        "metric": name,
+        "model": comparison.model_metrics[name],
+        "graph": found[name],
+        "loss_points": 100 * _worse_by(trained, comparison.model_metrics[name], found[name]),
+    }
+
+
+def _worse_by(trained: Trained, model: float, graph: float) -> float:
+    return model - graph if trained.task.greater_is_better else graph - model
+
+
+def quantise_within(
+    graph: Path, info: BundleInfo, trained: Trained, comparison: Comparison, max_loss: float
+) -> BundleInfo:
+    """Replace `graph` by the fastest int8 candidate that costs at most `max_loss` points. Raises ExportError."""
+    from regraft.engine.quantise import candidates, matrix_products, quantise
+
+    trial = graph.with_name("int8.onnx")
+    few = np.arange(min(128, len(comparison.targets)))
+
+    def error_of(kept: tuple[str, ...]) -> float:
+        quantise(graph, trial, kept)
+        logits = _graph_logits(graph_runner(open_graph(trial), info), comparison.store, few, trained.task.outputs)
+        return float(np.abs(logits - comparison.model_logits[few]).mean())
+
+    tried = []
+    for candidate in candidates(matrix_products(graph), error_of):
+        quantise(graph, trial, candidate.kept)
+        quality = _quality(trained, comparison, graph_runner(open_graph(trial), info))
+        tried.append(
+            f"{candidate.name}: {quality['metric']} {quality['graph']:.4f} ({-quality['loss_points']:+.2f} points)"
+        )
+        if quality["loss_points"] <= max_loss:
+            shutil.move(trial, graph)
+            return replace(info, precision="int8", quality=quality | {"quantised": candidate.name})
+    trial.unlink(missing_ok=True)
+    raise ExportError(
+        f"int8 costs more than {max_loss} points of {trained.task.metric} (fp32 "
+        f"{comparison.model_metrics[trained.task.metric]:.4f}); nothing was written. Tried " + "; ".join(tried)
+    )
+
+
+def _report(to: Path, info: BundleInfo) -> str:
+    size = sum(p.stat().st_size for p in to.iterdir()) / 1e6
+    lines = [f"{to}: {info.layout} {info.precision} graph, {size:.1f} MB"]
+    lines.append(
+        f"logits differ by at most {info.parity['largest_error']:.1e} from the model's (fp32 graph, {info.parity['batches']} batch shapes)"
+    )
+    if info.quality:
+        q = info.quality
+        lines.append(
+            f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}"
+        )
+    else:
+        lines.append("the run's held-out rows are gone, so the metric was not compared; name some with --data FILE")
+    if "quantised" in info.quality:
+        lines.append(f"int8: {info.quality['quantised']}")
+    return "\n".join(lines)
+
+
+def _readme(info: BundleInfo) -> str:
+    labels = ", ".join(info.task["labels"])
+    return (
+        f"# Regraft bundle\n\nServe it: `regraft serve THIS_FOLDER`.\n\n- task: {info.task['type']} ({labels})\n"
+        f"- graph: {info.layout}, {info.precision}; at most {info.max_length} tokens a text\n"
+        f"- from: {info.source['base_model']}\n"
+        f"- parity with the model: {info.parity or 'see bundle.json'}\n- quality: {info.quality or 'not measured'}\n"
+    )

@@ -1,0 +1,56 @@
+"""Encoded texts as the arrays that a bundle's graph takes; numpy alone, for the exporter's checks and the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from regraft.engine.bundle import BundleInfo
+
+
+def graph_inputs(
+    info: BundleInfo, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Inputs for B sequences of token ids, as `BundleInfo` documents them; all int64."""
+    build = packed_inputs if info.layout == "packed" else padded_inputs
+    return build(info, ids, types)
+
+
+def packed_inputs(
+    info: BundleInfo, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """`input_ids`, `position_ids` [T], `pad_index` [B, L], `token_index` [T], `lengths` [B]."""
+    lengths = np.fromiter((len(x) for x in ids), dtype=np.int64, count=len(ids))
+    starts = np.cumsum(lengths) - lengths
+    cells = np.arange(lengths.max(), dtype=np.int64)
+    inside = cells[None, :] < lengths[:, None]
+    inputs = {
+        "input_ids": np.concatenate(ids).astype(np.int64),
+        "position_ids": np.broadcast_to(cells + info.position_offset, inside.shape)[inside],
+        "pad_index": np.where(inside, starts[:, None] + cells[None, :], 0),
+        "token_index": np.flatnonzero(inside),
+        "lengths": lengths,
+    }
+    if info.token_types:
+        inputs["token_type_ids"] = _joined_types(inputs["input_ids"], types)
+    return inputs
+
+
+def _joined_types(flat_ids: np.ndarray, types: Sequence[np.ndarray] | None) -> np.ndarray:
+    return np.zeros_like(flat_ids) if types is None else np.concatenate(types).astype(np.int64)
+
+
+def padded_inputs(
+    info: BundleInfo, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """`input_ids`, `attention_mask` and perhaps `token_type_ids`, [B, L] each."""
+    lengths = np.fromiter((len(x) for x in ids), dtype=np.int64, count=len(ids))
+    inside = np.arange(lengths.max())[None, :] < lengths[:, None]
+    flat = np.concatenate(ids).astype(np.int64)
+    padded = np.full(inside.shape, info.pad_token_id, dtype=np.int64)
+    padded[inside] = flat
+    inputs = {"input_ids": padded, "attention_mask": inside.astype(np.int64)}
+    if info.token_types:
+        inputs["token_type_ids"] = np.zeros_like(padded)
+        inputs["token_type_ids"][inside] = _joined_types(flat, types)
+    return inputs

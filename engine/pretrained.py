@@ -1,0 +1,92 @@
+"""Pretrained encoders by folder, by name on the hub, or inside an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regraft.engine.errors import ModelError, nearest
+
+if TYPE_CHECKING:
+    from regraft.engine.config import ModelConfig
+    from regraft.engine.tasks import Task
+    from transformers import PreTrainedModel
+
+
+def resolve(name: str) -> str:
+    """`package:NAME/PATH` as the folder it means; anything else as it is.
+
+    Raises ModelError for a package or folder that is not there.
+    """
+    if name.startswith("package:"):
+        package, _, inside = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"model.name: {name}: no installed package {package!r}; pip install {package.replace('_', '-')}"
+            )
+        folder = Path(next(iter(spec.submodule_search_locations))) / inside
+        if not folder.is_dir():
+            raise ModelError(f"model.name: {name}: the package has no folder {inside!r}")
+        return str(folder)
+    path = Path(name)
+    looks_local = name.startswith((".", "/", "~")) or path.exists() or name.count("/") > 1
+    if not looks_local:
+        return name
+    path = path.expanduser()
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(f"model.name: {name}: no such folder{nearest(path.name, siblings)}")
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model.name: {path}: not a model folder: config.json is missing")
+    return str(path)
+
+
+def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
+    """The encoder with a head for the task, in fp32; label names and problem type in its config.
+
+    Raises ModelError for a folder that is not a model, and for a hub name without a network.
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    name = resolve(config.name)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    labels = task.labels
+    try:
+        settings = AutoConfig.from_pretrained(
+            name,
+            revision=config.revision,
+            num_labels=task.outputs,
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            problem_type=task.problem_type,
+        )
+        if config.dropout is not None:
+            for key in (
+                "hidden_dropout_prob",
+                "attention_probs_dropout_prob",
+                "dropout",
+                "attention_dropout",
+                "mlp_dropout",
+            ):
+                if hasattr(settings, key):
+                    setattr(settings, key, config.dropout)
+        return AutoModelForSequenceClassification.from_pretrained(
+            name, config=settings, revision=config.revision, dtype="float32"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(explain(name, error)) from None
+
+
+def explain(name: str, error: Exception) -> str:
+    """Why a model could not be loaded, in one line."""
+    first = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    if Path(name).is_dir():
+        return f"model.name: {name}: cannot be loaded as an encoder with a classification head: {first}"
+    return (
+        f"model.name: {name}: no such folder here, and the hub did not give it ({first}). "
+        "Without a network, give the folder of a downloaded model"
+    )

@@ -1,0 +1,69 @@
+"""How many threads this process may really use: its share, not the host's cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+# Where the control group trees are mounted, on every distribution and in every container runtime.
+V2_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
+V1_MOUNTS = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+
+
+def available_threads(root: str | Path = "/") -> int:
+    """The smaller of the CPU affinity mask and the cgroup's CPU quota, at least 1.
+
+    A quota of 2.5 CPUs gives 2: with a third thread the group would spend its quota early and be stopped for the rest
+    of every period, which costs more latency than the half CPU brings. `root` is where /proc and /sys are looked for.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        threads = len(os.sched_getaffinity(0))
+    else:
+        threads = os.cpu_count() or 1
+    quota = cgroup_cpus(root)
+    if quota is not None:
+        threads = min(threads, int(quota))
+    return max(threads, 1)
+
+
+def cgroup_cpus(root: str | Path = "/") -> float | None:
+    """The tightest CPU quota of the process's control group and of those above it, in CPUs; None without one."""
+    root = Path(root)
+    quotas = [quota for folder in _groups(root) if (quota := _quota(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of the process's CPU control group and its ancestors, cgroup v2 and v1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            mounts = V2_MOUNTS
+        elif "cpu" in controllers.split(","):
+            mounts = V1_MOUNTS
+        else:
+            continue
+        # Inside a container the path may be the host's while the mount shows only the container's own group, so
+        # folders that are not there are passed over and the mount itself is always looked at.
+        inside = PurePosixPath(path.lstrip("/"))
+        for mount in mounts:
+            for relative in (inside, *inside.parents):
+                yield root / mount / relative
+
+
+def _quota(folder: Path) -> float | None:
+    """CPUs that one group's quota allows; None when it sets none."""
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+            return None if quota == "max" else int(quota) / int(period)
+        microseconds = int((folder / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+        period_us = int((folder / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return microseconds / period_us if microseconds > 0 and period_us > 0 else None

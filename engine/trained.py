@@ -1,0 +1,123 @@
+"""A trained model folder: plain Hugging Face files, and `regraft.json` with what Regraft knows besides.
+
+It loads with `AutoModelForSequenceClassification.from_pretrained` and gives the same logits there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regraft.engine.config import DataConfig, ModelConfig, RunConfig
+from regraft.engine.errors import ModelError, nearest
+from regraft.engine.files import new_folder, write_text
+from regraft.engine.pretrained import resolve
+from regraft.engine.tasks import Task, task_from_spec
+
+if TYPE_CHECKING:
+    from regraft.engine.data.fast_tokenizer import FastTokenizer
+    from regraft.engine.models import RunningModel
+    from regraft.engine.training.setup import Prepared
+
+FACTS = "regraft.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model folder ready to answer."""
+
+    folder: Path
+    task: Task
+    tokenizer: FastTokenizer
+    max_length: int
+    data: DataConfig
+    facts: dict[str, Any]
+    running: RunningModel
+
+
+def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: Prepared) -> None:
+    """Write weights, config, tokenizer and facts, replacing `folder` at once."""
+    with new_folder(folder) as beside:
+        running.model.save_pretrained(beside)
+        hugging_face_tokenizer(config.model).save_pretrained(beside)
+        facts = {
+            "task": data.task.spec(),
+            "max_length": data.max_length,
+            "position_offset": running.position_offset,
+            "data": config.data.model_dump(mode="json"),
+            "base_model": config.model.name,
+            "method": config.method,
+            "seed": config.training.seed,
+        }
+        write_facts(beside, facts)
+
+
+@lru_cache(maxsize=2)
+def hugging_face_tokenizer(model: ModelConfig) -> Any:
+    """transformers' own tokenizer object, loaded once: its files make the model folder complete."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(resolve(model.name), revision=model.revision)
+
+
+def write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    write_text(folder / FACTS, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def find_trained(path: str | Path) -> Path:
+    """The model folder that a run folder or a model folder means. Raises ModelError."""
+    path = Path(path)
+    for folder in (path / "best", path):
+        if (folder / FACTS).is_file():
+            return folder
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ModelError(f"{path}: no such folder{nearest(path.name, siblings)}")
+    if (path / "checkpoints").is_dir():
+        raise ModelError(f"{path}: this run has no best model yet; start its training again to go on")
+    raise ModelError(f"{path}: neither a run folder nor a model that Regraft trained ({FACTS} is missing)")
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder / FACTS}: cannot be read: {error}") from None
+
+
+def load_trained(path: str | Path, *, packing: str = "auto", device: str | None = None) -> Trained:
+    """Load a run's best model (or a model folder) for inference. Raises ModelError."""
+    import torch
+    from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
+    from regraft.engine.models import RunningModel
+    from regraft.engine.pretrained import explain
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    folder = find_trained(path)
+    facts = read_facts(folder)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = load_fast_tokenizer(str(folder))
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(explain(str(folder), error)) from None
+    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id)
+    running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if packing == "auto":
+        running.run_packed()
+        running.use_kernels()
+    running.eval()
+    return Trained(
+        folder,
+        task_from_spec(facts["task"]),
+        tokenizer,
+        facts["max_length"],
+        DataConfig.model_validate(facts["data"]),
+        facts,
+        running,
+    )

@@ -1,0 +1,110 @@
+"""The end of a run: the best model's figures on every labelled split, tuned thresholds, report and model card."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from regraft.engine.evaluation import Evaluation, evaluate
+from regraft.engine.files import write_text
+from regraft.engine.machine import describe, versions
+from regraft.engine.tasks import MultiLabel, Task
+from regraft.engine.trained import read_facts, write_facts
+
+if TYPE_CHECKING:
+    from regraft.engine.training.run import _Run
+    from regraft.engine.training.setup import Split
+
+WORST_SHOWN = 20
+
+
+def finish_run(run: _Run) -> dict[str, dict[str, float]]:
+    """Evaluate `best/` on dev and test, write evaluation.json, report.html and the model card; metrics by split."""
+    load_best(run)
+    task = run.data.task
+    found: dict[str, Evaluation] = {}
+    for name in ("dev", "test"):
+        if name not in run.data.splits:
+            continue
+        split = run.data.splits[name]
+        found[name] = _evaluate(run, split, task)
+        if name == "dev" and isinstance(task, MultiLabel) and task.tuned:
+            task.thresholds = found["dev"].accumulated.tuned_thresholds()  # type: ignore[attr-defined]
+            found["dev"] = _evaluate(run, split, task)
+    metrics = {name: e.metrics for name, e in found.items()}
+    if not run.accelerator.is_main_process:
+        return metrics
+    if "test" in found and run.history:
+        record = {"kind": "eval", "split": "test", "step": run.state.best_step, "metrics": metrics["test"]}
+        run.history.add(record | {"seconds": round(found["test"].seconds, 3)})
+    best = run.folder / "best"
+    write_facts(best, read_facts(best) | {"task": task.spec(), "metrics": metrics})
+    details = {name: e.accumulated.details() for name, e in found.items()}
+    write_text(
+        run.folder / "evaluation.json",
+        json.dumps({"metrics": metrics, "details": details, "data": run.data.notes}, indent=2, default=float) + "\n",
+    )
+    for name, values in metrics.items():
+        run.say(f"best (step {run.state.best_step})  {name} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    write_pages(run, found)
+    return metrics
+
+
+def load_best(run: _Run) -> None:
+    """Put the best checkpoint's weights into the model in memory."""
+    from safetensors.torch import load_file
+
+    weights = load_file(run.folder / "best" / "model.safetensors")
+    run.running.model.load_state_dict(weights, strict=False)
+
+
+def _evaluate(run: _Run, split: Split, task: Task) -> Evaluation:
+    return evaluate(run.running, split.store, split.targets, task, accelerator=run.accelerator, keep_worst=WORST_SHOWN)
+
+
+def worst_rows(evaluation: Evaluation, split: Split, task: Task) -> list[dict[str, Any]]:
+    """The worst errors as the report shows them."""
+    shown = []
+    for loss, row, logits in evaluation.worst:
+        answer = task.decode(logits[None])[0].label
+        expected = task.describe(split.targets[row])
+        predicted = ", ".join(answer) or "(none)" if isinstance(answer, tuple) else _short(answer)
+        if task.type != "regression" and predicted == expected:
+            continue
+        shown.append(
+            {
+                "where": split.rows.where(row),
+                "text": split.rows.texts[row],
+                "pair": split.rows.pairs[row] if split.rows.pairs is not None else None,
+                "expected": expected,
+                "predicted": predicted,
+                "loss": loss,
+            }
+        )
+    return shown
+
+
+def _short(answer: str | float) -> str:
+    return f"{answer:.4g}" if isinstance(answer, float) else answer
+
+
+def write_pages(run: _Run, found: dict[str, Evaluation]) -> None:
+    from regraft.engine.model_card import write_model_card
+    from regraft.engine.report import ReportData, read_history, write_report
+
+    task, state = run.data.task, run.state
+    notes = run.data.notes
+    data = ReportData(
+        name=run.folder.name,
+        config=run.config.model_dump(mode="json"),
+        versions=versions(),
+        machine=describe(),
+        history=read_history(run.folder / "metrics.jsonl"),
+        best=(state.best_step, task.metric, float(state.best_value or 0.0)),
+        details=found["dev"].accumulated.details(),
+        worst=worst_rows(found["dev"], run.data.splits["dev"], task),
+        data_notes={"splits": notes, "labels": {name: note["labels"] for name, note in notes.items()}},
+        totals={"seconds": state.seconds, "tokens": state.tokens, "steps": state.step, "skipped": state.skipped},
+    )
+    write_report(run.folder, data)
+    write_model_card(run.folder / "best", data)

@@ -1,0 +1,101 @@
+"""AdamW with decay groups and layer-wise learning rates; clipping and the update in one pass over the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from regraft.engine.config import TrainingConfig
+from torch import Tensor, nn
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that are not the backbone's: the head, and a pooler inside the backbone."""
+    backbone = f"{model.base_model_prefix}."
+    return {n for n, _ in model.named_parameters() if not n.startswith(backbone) or ".pooler" in n}
+
+
+def depth_of(name: str, layers: int, head: bool) -> int:
+    """0 for embeddings, 1 .. layers for the layers, layers + 1 for the head and what follows the layers."""
+    if head:
+        return layers + 1
+    found = _LAYER.search(name)
+    if found:
+        return int(found.group(1)) + 1
+    return 0 if "embed" in name else layers + 1
+
+
+def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
+    """Groups for AdamW: no decay on biases and norms (one-dimensional weights), each layer its own learning rate.
+
+    `base_lr` in each group is what the schedule multiplies.
+    """
+    head = head_names(model)
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    groups: dict[tuple[float, float], dict] = {}
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        is_head = name in head
+        rate = config.head_learning_rate if is_head and config.head_learning_rate else config.learning_rate
+        rate *= config.layer_decay ** (layers + 1 - depth_of(name, layers, is_head))
+        decay = config.weight_decay if weight.dim() > 1 else 0.0
+        group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay})
+        group["params"].append(weight)
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device."""
+    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.epsilon, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * share
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, a scalar in fp32."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
+
+
+def clipped_step(optimizer: torch.optim.AdamW, norm: Tensor, max_norm: float | None) -> None:
+    """One update with the gradients scaled to at most `max_norm` in all, without a pass of its own for the scaling:
+    the fused kernel divides by `grad_scale` while it reads them."""
+    over = 1.0 if max_norm is None else float(norm) / max_norm
+    if over > 1.0:
+        optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+
+
+class AveragedWeights:
+    """Exponential moving average of the trained weights, used for evaluation and for what is saved.
+
+    shadow = decay * shadow + (1 - decay) * weight, after every optimizer step.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.shadow = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1.0 - self.decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange weights and average; a second call exchanges them back."""
+        for weight, average in zip(self.parameters, self.shadow, strict=True):
+            held = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(held)

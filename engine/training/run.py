@@ -1,0 +1,436 @@
+"""The training recipe, top to bottom: prepare, resume, step, evaluate, save, report."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from regraft.engine.config import RunConfig, config_hash
+from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.files import remove_leftovers, write_text
+from regraft.engine.machine import seconds_since_process_start
+from regraft.engine.progress import ProgressBar
+
+LOG_EVERY = 10
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """One optimizer step, for a caller's `on_step`. `tokens`: real tokens; `seconds`: of this step alone."""
+
+    step: int
+    tokens: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left. `metrics`: of the best checkpoint, by split."""
+
+    folder: Path
+    best_step: int
+    metrics: dict[str, dict[str, float]]
+    seconds: float
+    steps: int
+
+
+def train(
+    config: RunConfig,
+    *,
+    restart: bool = False,
+    on_step: Callable[[StepInfo], None] | None = None,
+    quiet: bool = False,
+) -> RunResult:
+    """Run a configuration to its end, from its last checkpoint if it was stopped before.
+
+    Raises RegraftError; the run folder then holds the last checkpoint and the best model so far.
+    """
+    started = time.perf_counter()
+    folder = Path(config.run)
+    finished = open_run_folder(folder, config, restart)
+    if finished is not None:
+        return finished
+    run = _Run(config, folder, started, on_step, quiet)
+    try:
+        return run.go()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TrainingError(
+                f"{folder}: the disk is full ({error.strerror}). Everything saved before is intact; free some space and "
+                "start the same command again to go on"
+            ) from None
+        raise
+
+
+def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult | None:
+    """Make the run folder ready; the result, where the same run has already finished.
+
+    Raises TrainingError when the folder belongs to a run with another configuration.
+    """
+    import shutil
+
+    mark = folder / "run.json"
+    if restart and int(os.environ.get("RANK", "0")) == 0:
+        for name in ("checkpoints", "best"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "run.json", "report.html"):
+            (folder / name).unlink(missing_ok=True)
+    if not mark.exists():
+        return None
+    try:
+        state = json.loads(mark.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TrainingError(f"{mark}: cannot be read ({error}); start with --restart") from None
+    if state["config_hash"] != config_hash(config):
+        changed = _changed(state["config"], config.model_dump(mode="json"))
+        raise TrainingError(
+            f"{folder}: holds a run with another configuration ({changed}). Choose another run folder with "
+            "--set run=FOLDER, or start with --restart to replace it"
+        )
+    if not state.get("finished"):
+        return None
+    result = state["result"]
+    return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"])
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    parts = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _changed(a, b, f"{prefix}{key}.")
+            parts += [inner] if inner else []
+        elif a != b and key not in ("run", "trackers", "threads", "checkpoint_every"):
+            parts.append(f"{prefix}{key}: {a} there, {b} here")
+    return "; ".join(parts)
+
+
+class _Run:
+    """One run's parts. `go` is the recipe."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        started: float,
+        on_step: Callable[[StepInfo], None] | None,
+        quiet: bool,
+    ) -> None:
+        self.config, self.folder, self.started, self.on_step, self.quiet = config, folder, started, on_step, quiet
+
+    def go(self) -> RunResult:
+        self.prepare()
+        self.build()
+        self.resume()
+        with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
+            self.bar = bar
+            while self.state.step < self.plan.total_steps and not self.state.stopped_early:
+                self.take_step()
+                if self.evaluation_due():
+                    self.evaluate()
+                self.checkpoint_if_due()
+            if self.state.evaluated_at != self.state.step:
+                self.evaluate()
+        return self.finish()
+
+    def prepare(self) -> None:
+        from regraft.engine.training.setup import choose_precision, prepare, set_threads
+
+        threads = set_threads(self.config)
+        self.precision = choose_precision(self.config)
+        self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
+        self.data = prepare(self.config, self.say)
+        self.threads = threads
+
+    def say(self, line: str) -> None:
+        if self.speaks:
+            ProgressBar("", 0).say(line)
+
+    def build(self) -> None:
+        import torch
+        from accelerate import Accelerator
+        from accelerate.utils import ProjectConfiguration
+        from regraft.engine.models import RunningModel
+        from regraft.engine.pretrained import load_classifier
+        from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
+        from regraft.engine.training.order import Plan
+        from regraft.engine.training.setup import choose_token_budget, freeze_backbone
+        from regraft.engine.training.step import Stepper
+
+        config, training = self.config, self.config.training
+        self.accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(
+                project_dir=str(self.folder), logging_dir=str(self.folder / "trackers")
+            ),
+            step_scheduler_with_optimizer=False,
+        )
+        torch.manual_seed(training.seed)  # a fresh head is drawn here
+        model = load_classifier(config.model, self.data.task)
+        self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id)
+        self.running.to(self.accelerator.device)
+        if config.model.packing == "auto":
+            self.running.run_packed()
+            if not self.running.packed:
+                self.say(f"padded: {self.running.reason}")
+        if config.model.kernels == "auto":
+            self.running.use_kernels()
+        if config.method == "frozen":
+            freeze_backbone(self.running)
+        self.set_training_mode()
+        train_split = self.data.splits["train"]
+        self.plan = Plan(len(train_split.rows), training.batch_size, training.seed, training.epochs, training.max_steps)
+        optimizer = build_optimizer(model, training)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
+        self.optimizer = optimizer
+        prepared = self.accelerator.prepare_model(self.running)
+        self.stepper = Stepper(
+            accelerator=self.accelerator,
+            model=prepared,
+            optimizer=optimizer,
+            parameters=self.parameters,
+            task=self.data.task,
+            store=train_split.store,
+            targets=train_split.targets,
+            weights=self.data.task.weights(train_split.targets),
+            seed=training.seed,
+            token_budget=choose_token_budget(config, model, self.precision),
+            max_grad_norm=training.max_grad_norm,
+        )
+        trained = sum(p.numel() for p in self.parameters)
+        everything = sum(p.numel() for p in model.parameters())
+        how = "packed" if self.running.packed else "padded"
+        self.say(
+            f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
+            f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
+        )
+
+    def set_training_mode(self) -> None:
+        self.running.train()
+        if self.config.method == "frozen":
+            for name, module in self.running.model.base_model.named_modules():
+                if "pooler" not in name:
+                    module.training = False
+
+    def resume(self) -> None:
+        from regraft.engine.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
+        from regraft.engine.training.history import History
+
+        self.checkpoints = self.folder / "checkpoints"
+        main = self.accelerator.is_main_process
+        if main:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.folder)
+        self.accelerator.wait_for_everyone()
+        latest = latest_checkpoint(self.checkpoints)
+        self.state = Progress()
+        if latest is not None:
+            self.state = load_checkpoint(
+                latest, self.running.model, self.optimizer, self.accelerator.scaler, self.averaged
+            )
+            self.say(f"going on from step {self.state.step} ({latest})")
+        self.history = None
+        if main:
+            self.write_settings()
+            if self.config.trackers:
+                self.accelerator.init_trackers("regraft")
+            self.history = History(
+                self.folder / "metrics.jsonl", keep_bytes=self.state.history_bytes, accelerator=self.accelerator
+            )
+        self.order_of = -1
+        self.order = np.empty(0, dtype=np.int64)
+        self.session_started = self.last_saved = time.perf_counter()
+        self.seconds_before = self.state.seconds
+        self.window = [StepInfo(*values) for values in self.state.extra.get("window", [])]
+
+    def write_settings(self) -> None:
+        from regraft.engine.machine import versions
+
+        config = self.config.model_dump(mode="json")
+        write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_text(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        mark = {"config_hash": config_hash(self.config), "config": config, "finished": False}
+        write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
+
+    def take_step(self) -> None:
+        from regraft.engine.training.optimizer import set_learning_rate
+        from regraft.engine.training.schedule import learning_rate_share
+
+        state, training = self.state, self.config.training
+        began = time.perf_counter()
+        step = state.step
+        epoch = self.plan.epoch_of(step)
+        if epoch != self.order_of:
+            self.order, self.order_of = self.plan.order(epoch), epoch
+        rows = self.plan.batch(step, self.order)
+        set_learning_rate(self.optimizer, learning_rate_share(training, step, self.plan.total_steps))
+        result = self.stepper(step, rows)
+        if result.applied:
+            state.bad_in_a_row = 0
+            if self.averaged:
+                self.averaged.update()
+        else:
+            state.skipped += 1
+            state.bad_in_a_row += 1
+            self.bad_step(step, rows, result.loss)
+        state.step += 1
+        state.tokens += result.tokens
+        ended = time.perf_counter()
+        state.seconds = self.seconds_before + ended - self.session_started
+        info = StepInfo(step, result.tokens, ended - began, result.loss)
+        self.log_step(info, result.grad_norm)
+        if self.on_step:
+            self.on_step(info)
+
+    def bad_step(self, step: int, rows: np.ndarray, loss: float) -> None:
+        split = self.data.splits["train"].rows
+        places = ", ".join(split.where(int(r)) for r in rows[:4]) + (" ..." if len(rows) > 4 else "")
+        if self.history:
+            self.history.add({"kind": "skipped", "step": step, "loss": repr(loss), "rows": [int(r) for r in rows]})
+        self.bar.say(f"step {step}: loss {loss} or its gradient is not finite; step skipped (rows {places})")
+        if self.state.bad_in_a_row >= self.config.training.max_bad_steps:
+            raise TrainingError(
+                f"step {step}: loss or gradient not finite {self.state.bad_in_a_row} times in a row, last with the rows "
+                f"{places}. The weights of the last good step are in {self.checkpoints}; a lower "
+                "training.learning_rate or precision: fp32 is the usual cure"
+            )
+
+    def log_step(self, info: StepInfo, norm: float) -> None:
+        self.window.append(info)
+        if info.step == 0 and self.history:
+            self.history.add({"kind": "start", "seconds_to_first_step": round(seconds_since_process_start(), 3)})
+        rate = sum(i.tokens for i in self.window) / max(1e-9, sum(i.seconds for i in self.window))
+        self.bar.advance(1, loss=f"{info.loss:.4f}", tokens_per_second=f"{rate:,.0f}")
+        if (info.step + 1) % LOG_EVERY and self.state.step != self.plan.total_steps:
+            return
+        if self.history:
+            self.history.add(
+                {
+                    "kind": "train",
+                    "step": self.state.step,
+                    "epoch": round(self.state.step / self.plan.steps_per_epoch, 4),
+                    "loss": float(np.mean([i.loss for i in self.window])),
+                    "learning_rate": max(g["lr"] for g in self.optimizer.param_groups),
+                    "grad_norm": norm,
+                    "tokens_per_second": round(rate, 1),
+                    "seconds": round(self.state.seconds, 3),
+                }
+            )
+        self.window.clear()
+
+    def evaluation_due(self) -> bool:
+        every = self.config.training.evaluate_every
+        period = self.plan.steps_per_epoch if every == "epoch" else int(every)
+        return self.state.step % period == 0 or self.state.step == self.plan.total_steps
+
+    def evaluate(self) -> None:
+        from regraft.engine.evaluation import evaluate
+
+        state, task, dev = self.state, self.data.task, self.data.splits["dev"]
+        if self.averaged:
+            self.averaged.swap()
+        try:
+            found = evaluate(self.running, dev.store, dev.targets, task, accelerator=self.accelerator)
+            value = found.metrics[task.metric]
+            improved = self.improves(value)
+            if improved:
+                state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
+                self.save_best()
+            else:
+                state.evaluations_without_gain += 1
+        finally:
+            if self.averaged:
+                self.averaged.swap()
+            self.set_training_mode()
+        state.evaluated_at = state.step
+        stopping = self.config.training.early_stopping
+        state.stopped_early = stopping is not None and state.evaluations_without_gain >= stopping.patience
+        if self.history:
+            epoch = round(state.step / self.plan.steps_per_epoch, 4)
+            self.history.add(
+                {"kind": "eval", "split": "dev", "step": state.step, "epoch": epoch, "metrics": found.metrics}
+                | {"seconds": round(found.seconds, 3), "best": improved}
+            )
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        self.bar.say(f"step {state.step}  dev {figures}{'  (best so far)' if improved else ''}")
+        self.checkpoint()
+
+    def improves(self, value: float) -> bool:
+        best = self.state.best_value
+        if best is None or not np.isfinite(best):
+            return True
+        stopping = self.config.training.early_stopping
+        margin = stopping.min_delta if stopping else 0.0
+        return value > best + margin if self.data.task.greater_is_better else value < best - margin
+
+    def save_best(self) -> None:
+        from regraft.engine.trained import save_trained
+
+        if self.accelerator.is_main_process:
+            save_trained(self.folder / "best", self.running, self.config, self.data)
+
+    def checkpoint_if_due(self) -> None:
+        every = self.config.training.checkpoint_every
+        if every is not None:
+            due = self.state.step % every == 0
+        else:
+            due = time.perf_counter() - self.last_saved > CHECKPOINT_SECONDS
+        if due:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        from regraft.engine.training.checkpoint import save_checkpoint
+
+        if self.accelerator.is_main_process and self.history:
+            self.state.history_bytes = self.history.bytes
+            self.state.extra = {"window": [[i.step, i.tokens, i.seconds, i.loss] for i in self.window]}
+            save_checkpoint(
+                self.checkpoints,
+                self.state,
+                self.running.model,
+                self.optimizer,
+                self.accelerator.scaler,
+                self.averaged,
+            )
+        self.last_saved = time.perf_counter()
+
+    def finish(self) -> RunResult:
+        from regraft.engine.training.finish import finish_run
+
+        self.accelerator.wait_for_everyone()
+        metrics = finish_run(self)
+        if self.history:
+            self.history.close()
+        if self.config.trackers:
+            self.accelerator.end_training()
+        result = RunResult(self.folder, self.state.best_step, metrics, self.state.seconds, self.state.step)
+        if self.accelerator.is_main_process:
+            mark = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            mark |= {
+                "finished": True,
+                "result": {
+                    "best_step": result.best_step,
+                    "metrics": metrics,
+                    "seconds": result.seconds,
+                    "steps": result.steps,
+                    "skipped": self.state.skipped,
+                    "tokens": self.state.tokens,
+                },
+            }
+            write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
+        return result
+
+
+__all__ = ["RegraftError", "RunResult", "StepInfo", "train"]

@@ -1,0 +1,160 @@
+"""From a configuration to everything a run needs: rows, tokens, targets, the model, the machine's settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from regraft.engine.config import RunConfig
+from regraft.engine.data.cache import cache_folder
+from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
+from regraft.engine.data.read import read_rows
+from regraft.engine.data.rows import Rows
+from regraft.engine.data.split import split_dev
+from regraft.engine.data.tokens import TokenStore, tokenize
+from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.machine import cpu_has_bf16
+from regraft.engine.pretrained import resolve
+from regraft.engine.tasks import Task, build_task
+from regraft.engine.threads import available_threads
+
+if TYPE_CHECKING:
+    import torch
+    from regraft.engine.models import RunningModel
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows with their tokens and targets, in the same order."""
+
+    rows: Rows
+    store: TokenStore
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run learns from. `splits`: train, dev and perhaps test."""
+
+    task: Task
+    tokenizer: FastTokenizer
+    max_length: int
+    splits: dict[str, Split]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Prepared:
+    """Read, check and tokenise every split. Nothing is dropped in silence: `notes` and `say` tell what was.
+
+    Raises DataError and ModelError.
+    """
+    data, kind = config.data, config.task.type
+    tokenizer = load_fast_tokenizer(resolve(config.model.name), revision=config.model.revision)
+    limit = min(tokenizer.max_length or 512, 512)
+    if config.model.max_length is not None and tokenizer.max_length and config.model.max_length > tokenizer.max_length:
+        raise ConfigError(
+            f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {tokenizer.max_length} tokens"
+        )
+    max_length = config.model.max_length or limit
+    train = read_rows(data, "train", task_type=kind)
+    task = build_task(config.task, train, data.columns.label)
+    if data.dev is not None:
+        dev = read_rows(data, "dev", task_type=kind)
+    else:
+        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind)
+    parts = {"train": train, "dev": dev}
+    if data.test is not None:
+        parts["test"] = read_rows(data, "test", task_type=kind)
+    splits, notes = {}, {}
+    for name, rows in parts.items():
+        unknown = "error" if name == "train" else data.unknown_label
+        targets, kept = task.encode(rows, data.columns.label, unknown)
+        dropped = dict(rows.dropped)
+        if len(kept) < len(rows):
+            dropped["unknown_label"] = len(rows) - len(kept)
+            rows = rows.take(kept, dropped=dropped)
+        if not len(rows):
+            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {dropped}")
+        store = tokenize(rows, tokenizer, max_length, cache_dir=cache_folder())
+        splits[name] = Split(rows, store, targets)
+        notes[name] = {
+            "path": rows.path,
+            "rows": len(rows),
+            "dropped": dropped,
+            "truncated_rows": store.truncated,
+            "cut_tokens": store.cut_tokens,
+            "tokens": int(store.lengths.sum()),
+            "labels": _label_counts(task, targets),
+        }
+        say(_split_line(name, notes[name], max_length))
+    return Prepared(task, tokenizer, max_length, splits, notes)
+
+
+def _label_counts(task: Task, targets: np.ndarray) -> dict[str, int]:
+    if task.type == "regression":
+        return {}
+    counts = targets.sum(axis=0) if targets.ndim == 2 else np.bincount(targets, minlength=len(task.labels))
+    return {label: int(n) for label, n in zip(task.labels, counts, strict=True)}
+
+
+def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
+    line = f"{name:5} {note['rows']:,} rows, {note['tokens']:,} tokens"
+    if note["dropped"]:
+        line += ", dropped: " + ", ".join(f"{n:,} {rule}" for rule, n in note["dropped"].items())
+    if note["truncated_rows"]:
+        line += f", {note['truncated_rows']:,} cut to {max_length} tokens ({note['cut_tokens']:,} tokens lost)"
+    return line
+
+
+def set_threads(config: RunConfig) -> int:
+    """Threads for torch: the configured number or this process's share of the machine."""
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = config.training.threads or max(1, available_threads() // processes)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def choose_precision(config: RunConfig) -> str:
+    """fp32, bf16 or fp16. Raises ConfigError for fp16 without a GPU."""
+    import torch
+
+    wanted = config.training.precision
+    cuda = torch.cuda.is_available()
+    if wanted == "fp16" and not cuda:
+        raise ConfigError("training.precision: fp16 needs a GPU and this machine has none; use bf16, fp32 or auto")
+    if wanted != "auto":
+        return wanted
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def choose_token_budget(config: RunConfig, model: torch.nn.Module, precision: str) -> int:
+    """Most tokens in one micro-batch, from the memory that is free and what the activations of one token take."""
+    import psutil
+    import torch
+
+    if config.training.token_budget != "auto":
+        return int(config.training.token_budget)
+    hidden = getattr(model.config, "hidden_size", 768)
+    layers = getattr(model.config, "num_hidden_layers", 12)
+    # About 34 hidden-sized values a token and layer are kept for the backward pass (Korthikanti et al. 2022).
+    per_token = 34 * hidden * layers * (4 if precision == "fp32" else 2.5)
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+        return int(min(262_144, max(1024, 0.6 * free / per_token)))
+    return int(min(16_384, max(512, 0.4 * psutil.virtual_memory().available / per_token)))
+
+
+def freeze_backbone(running: RunningModel) -> None:
+    """Train the head alone; the backbone keeps its weights and runs without dropout."""
+    from regraft.engine.training.optimizer import head_names
+
+    head = head_names(running.model)
+    for name, weight in running.model.named_parameters():
+        weight.requires_grad_(name in head)

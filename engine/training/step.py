@@ -1,0 +1,106 @@
+"""One optimizer step: the loss is a sum over all its sequences, divided once by their total weight.
+
+So the same step is taken in one micro-batch or eight, on one process or two.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from regraft.engine.batches import collate
+from regraft.engine.packing import split_by_tokens
+from regraft.engine.tasks import Task
+from regraft.engine.training.optimizer import clipped_step, gradient_norm
+from regraft.engine.training.order import share_by_tokens
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from regraft.engine.data.tokens import TokenStore
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: mean over the step's weight; `applied`: False when it was not finite and the weights were left alone."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    applied: bool
+
+
+@dataclass
+class Stepper:
+    """What a step needs. `token_budget` halves when a device runs out of memory; the step is then taken again."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: torch.optim.AdamW
+    parameters: list[torch.Tensor]
+    task: Task
+    store: TokenStore
+    targets: np.ndarray
+    weights: np.ndarray
+    seed: int
+    token_budget: int
+    max_grad_norm: float | None
+
+    def __call__(self, step: int, rows: np.ndarray) -> StepResult:
+        while True:
+            try:
+                loss = self._gradients(step, rows)
+                break
+            except torch.OutOfMemoryError:
+                longest = int(self.store.lengths[rows].max())
+                if self.token_budget <= longest:
+                    raise
+                self.token_budget = max(longest, self.token_budget // 2)
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        norm = gradient_norm(self.parameters)
+        value = float(norm)
+        applied = bool(np.isfinite(value)) and bool(np.isfinite(loss))
+        if applied:
+            clipped_step(self.optimizer, norm, self.max_grad_norm)
+        if scaler is not None:
+            scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, value, int(self.store.lengths[rows].sum()), applied)
+
+    def _gradients(self, step: int, rows: np.ndarray) -> float:
+        """Forward and backward of this process's share; returns the step's loss over all processes."""
+        accelerator = self.accelerator
+        total = float(self.weights[rows].sum())
+        lengths = self.store.lengths[rows]
+        mine = rows[share_by_tokens(lengths, accelerator.num_processes)[accelerator.process_index]]
+        idle = len(mine) == 0  # fewer rows than processes: take part with weight 0, the others wait for our gradients
+        mine = rows[:1] if idle else mine
+        parts = [mine[p] for p in split_by_tokens(self.store.lengths[mine].tolist(), self.token_budget)]
+        # Gradients are averaged over processes; the loss is divided by the whole step's weight.
+        factor = accelerator.num_processes / total if total > 0 else 0.0
+        lost = torch.zeros((), dtype=torch.float64)
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            torch.manual_seed(step_seed(self.seed, step, accelerator.process_index, number))
+            weights = torch.from_numpy(self.weights[part] * (0.0 if idle else 1.0)).to(accelerator.device)
+            targets = torch.from_numpy(self.targets[part]).to(accelerator.device)
+            sync: Any = nullcontext() if last else accelerator.no_sync(self.model)
+            with sync:
+                logits = self.model(collate(self.store, part).to(accelerator.device))
+                loss = self.task.loss(logits, targets, weights) * factor
+                accelerator.backward(loss)
+            lost += loss.detach().double().cpu()
+        if accelerator.num_processes > 1:
+            lost = accelerator.reduce(lost.to(accelerator.device), reduction="mean").cpu()
+        return float(lost)
+
+
+def step_seed(seed: int, step: int, process: int, part: int) -> int:
+    """Seed of the dropout of one micro-batch: nothing of the generator's state has to be kept for a resume."""
+    return int(np.random.SeedSequence([seed, step, process, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,82 @@
+"""Every error in the same shape, whoever raises it: `{"error": {"code", "message", "field"}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from regraft.engine.errors import nearest
+from regraft.serve.schemas import field_path
+from regraft.serve.tickets import NotReady, Overloaded, TooLarge
+from starlette.exceptions import HTTPException
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer."""
+
+
+def add_error_answers(app: FastAPI) -> None:
+    """Every error in the same shape, whoever raises it."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return error_answer(422, "invalid_request", *_first_complaint(error))
+
+    @app.exception_handler(Overloaded)
+    async def overloaded(_: Request, error: Overloaded) -> Response:
+        return error_answer(429, "overloaded", str(error), headers={"Retry-After": str(error.retry_after)})
+
+    @app.exception_handler(TooLarge)
+    async def too_large(_: Request, error: TooLarge) -> Response:
+        return error_answer(413, "request_too_large", str(error))
+
+    @app.exception_handler(NotReady)
+    async def not_ready(_: Request, error: NotReady) -> Response:
+        return error_answer(503, "not_ready", str(error), headers={"Retry-After": "1"})
+
+    @app.exception_handler(ClientGone)
+    async def gone(_: Request, error: ClientGone) -> Response:
+        return Response(status_code=499)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> Response:
+        return error_answer(error.status_code, "http_error", str(error.detail), headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> Response:
+        return error_answer(500, "internal_error", f"{type(error).__name__}; see the server's log")
+
+
+def _first_complaint(error: RequestValidationError) -> tuple[str, str | None]:
+    """Message and field of one complaint: an unknown key before anything else, as it often explains the rest."""
+    first = min(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
+    location = first["loc"]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first['ctx']['error']} at character {location[-1]}", None
+    field = field_path(location)
+    if not field:
+        return 'the body must be a JSON object such as {"inputs": "a text"}, sent as application/json', None
+    if first["type"] == "extra_forbidden":
+        known = ("text", "text_pair") if "<pair>" in location else ("inputs", "top_k")
+        message = f"unknown key{nearest(str(location[-1]), known)}; known are {', '.join(known)}"
+    else:
+        message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{field}: {message}", field
+
+
+def error_answer(
+    status: int, code: str, message: str, field: str | None = None, *, headers: Any = None
+) -> JSONResponse:
+    """`status` with the body that every error has."""
+    return JSONResponse(
+        {"error": {"code": code, "message": _writable(message), "field": field and _writable(field)}},
+        status_code=status,
+        headers=headers,
+    )
+
+
+def _writable(text: str) -> str:
+    """A message may quote what the client sent; what cannot be written as UTF-8 is escaped."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

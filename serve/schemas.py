@@ -1,0 +1,175 @@
+"""The shape of requests and answers: pydantic at the edge, one answer type for each type of task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from regraft.engine.tasks import Prediction, Task
+
+
+class Pair(BaseModel):
+    """A text, and the second text of a pair where the task compares two."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"text": "How old are you?", "text_pair": "What is your age?"}]}
+    )
+
+    text: str = Field(description="The text, or the first text of a pair.")
+    text_pair: str | None = Field(default=None, description="The second text of a pair.")
+
+
+def _shape(value: Any) -> str | None:
+    """Which of the allowed shapes was meant, so that an error speaks of that one only."""
+    if isinstance(value, str):
+        return "<text>"
+    if isinstance(value, dict | Pair):
+        return "<pair>"
+    return "<list>" if isinstance(value, list) else None
+
+
+OneInput = Annotated[
+    Annotated[str, Tag("<text>")] | Annotated[Pair, Tag("<pair>")],
+    Discriminator(
+        lambda value: None if _shape(value) == "<list>" else _shape(value),
+        custom_error_type="input_shape",
+        custom_error_message="expected a text or an object with 'text' and, for a pair, 'text_pair'",
+    ),
+]
+Inputs = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[Pair, Tag("<pair>")]
+    | Annotated[list[OneInput], Field(min_length=1), Tag("<list>")],
+    Discriminator(
+        _shape,
+        custom_error_type="input_shape",
+        custom_error_message="expected a text, an object with 'text' and 'text_pair', or a list of these",
+    ),
+]
+
+
+class PredictRequest(BaseModel):
+    """One text, one pair, or a list of texts and pairs."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"inputs": "Where is my parcel?"},
+                {"inputs": {"text": "How old are you?", "text_pair": "What is your age?"}},
+                {"inputs": ["Where is my parcel?", "I was charged twice."], "top_k": 3},
+            ]
+        },
+    )
+
+    inputs: Inputs
+    top_k: int | None = Field(
+        default=None, ge=1, description="How many scores each answer lists, highest first; all when left out."
+    )
+
+    def items(self) -> list[Pair]:
+        """The inputs as a list, whatever shape they came in."""
+        many = self.inputs if isinstance(self.inputs, list) else [self.inputs]
+        return [Pair(text=item) if isinstance(item, str) else item for item in many]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, for a program (`code`) and for a person (`message`)."""
+
+    code: str
+    message: str
+    field: str | None = Field(default=None, description="The part of the request at fault, such as `inputs[3].text`.")
+
+
+class ErrorAnswer(BaseModel):
+    """Body of every answer that is not 200."""
+
+    error: ErrorDetail
+
+
+class ItemError(BaseModel):
+    """An item of a list that could not be answered; the other items were."""
+
+    error: ErrorDetail
+
+
+Tokens = Annotated[int, Field(description="Tokens the model read, special tokens included.")]
+Truncated = Annotated[
+    int, Field(description="Tokens cut off because the text was longer than the model takes; 0 when it was read whole.")
+]
+
+
+class ClassificationAnswer(BaseModel):
+    """The most probable label. `scores` are soft-max probabilities and sum to one over all labels."""
+
+    label: str
+    score: float
+    scores: dict[str, float]
+    tokens: Tokens
+    truncated: Truncated
+
+
+class MultiLabelAnswer(BaseModel):
+    """Every label whose probability reaches its threshold. `scores` are independent of each other (sigmoid)."""
+
+    label: list[str]
+    scores: dict[str, float]
+    tokens: Tokens
+    truncated: Truncated
+
+
+class RegressionAnswer(BaseModel):
+    """A number, in the unit of the training labels."""
+
+    label: float
+    tokens: Tokens
+    truncated: Truncated
+
+
+ANSWERS: dict[str, type[BaseModel]] = {
+    "classification": ClassificationAnswer,
+    "multilabel": MultiLabelAnswer,
+    "regression": RegressionAnswer,
+}
+
+
+class Times(BaseModel):
+    """Milliseconds of this request: on the way to token ids, waiting for the model, in the model."""
+
+    tokenize_ms: float
+    queue_ms: float
+    inference_ms: float
+
+
+def answer_fields(task: Task, prediction: Prediction, top_k: int | None) -> dict[str, Any]:
+    """The task's part of an answer."""
+    if task.type == "regression":
+        return {"label": prediction.label}
+    scores = prediction.top(top_k)
+    if task.type == "multilabel":
+        return {"label": list(cast(tuple[str, ...], prediction.label)), "scores": scores}
+    return {"label": prediction.label, "score": prediction.scores[str(prediction.label)], "scores": scores}
+
+
+def example_answer(task: Task) -> dict[str, Any]:
+    """An answer as this task gives it, with its own label names, for the OpenAPI page."""
+    if task.type == "regression":
+        fields: dict[str, Any] = {"label": 3.4}
+    else:
+        first, scores = task.labels[0], dict(zip(task.labels, (0.86, 0.11, 0.03), strict=False))
+        fields = {"label": [first], "scores": scores}
+        if task.type == "classification":
+            fields = {"label": first, "score": 0.86, "scores": scores}
+    return {**fields, "tokens": 9, "truncated": 0}
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """`inputs[3].text` from pydantic's location of an error, without the tags of the shapes above."""
+    path = ""
+    for part in location[1:] if location and location[0] == "body" else location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith("<"):
+            path += f".{part}" if path else part
+    return path
