@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from regraft.serve.threads import available_threads, cgroup_cpus
 
 
