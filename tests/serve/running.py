@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 
 import httpx
 import numpy as np
+<<<<<<< HEAD
+=======
+from bundles import session
+>>>>>>> serve
 from regraft.serve.http import create_app
 from regraft.serve.scheduler import Run, Scheduler
 from regraft.serve.settings import ServeSettings
