@@ -87,7 +87,13 @@ def tokenize(
         arrays, counts = found
         if progress:
             progress(len(rows), len(rows))
-        return TokenStore(**arrays, **counts)
+        return TokenStore(
+            ids=arrays["ids"],
+            offsets=arrays["offsets"],
+            types=arrays.get("types"),
+            truncated=counts["truncated"],
+            cut_tokens=counts["cut_tokens"],
+        )
     store = encode(rows.texts, rows.pairs, fast, max_length, progress=progress)
     try:
         write_arrays(
@@ -193,6 +199,6 @@ def _content_key(rows: Rows, tokenizer: FastTokenizer, max_length: int) -> str:
             digest.update(b"none")
             continue
         # Lengths beside the joined texts: no two lists of texts give the same bytes.
-        digest.update(np.fromiter(map(len, column), dtype="<i8", count=len(column)))
+        digest.update(np.fromiter(map(len, column), dtype="<i8", count=len(column)).tobytes())
         digest.update("\0".join(column).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
