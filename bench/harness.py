@@ -80,9 +80,8 @@ def arguments(doc: str | None, *, rounds: int | None) -> argparse.ArgumentParser
         "--quick", action="store_true", help="tiny, to see that it runs; writes no result without --out"
     )
     parser.add_argument("--out", type=Path, help="JSON file to write; default bench/results/NAME.json")
-    parser.add_argument(
-        "--rounds", type=int, default=rounds, help="turns of each contestant (%(default)s)" if rounds else "turns"
-    )
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="turns of each contestant (%(default)s)")
     parser.add_argument("--threads", type=int, default=machine.cores(), help="CPU threads (%(default)s)")
     return parser
 
@@ -177,6 +176,7 @@ def run(
     """Standard output of a command that must succeed, in a process group of its own. Raises TurnFailed."""
     WORK.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    env.setdefault("REGRAFT_CACHE", str(WORK / "cache"))
     if str(command[0]).startswith(str(ENVIRONMENTS)):
         env.pop("PYTHONPATH", None)  # a peer must not see Regraft's packages
     env.update(environment or {})
@@ -220,7 +220,7 @@ def take_turns(case: str, contestants: Mapping[str, Callable[[int], tuple[float,
 
 
 def summarise(runs: Sequence[Run], claim: Claim, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """By case: settings, every run, each contestant's median, and the median over rounds of Regraft against each peer."""
+    """By case: settings, every run, medians, and the median over rounds of Regraft against each peer."""
     cases: dict[str, Any] = {}
     for case in dict.fromkeys(run.case for run in runs):
         mine = [run for run in runs if run.case == case]

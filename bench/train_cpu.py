@@ -77,6 +77,7 @@ class Trial:
 
 def main() -> None:
     parser = arguments(__doc__, rounds=None)
+    parser.add_argument("--rounds", type=int, help="turns of each contestant (5 on sst2, 3 on imdb)")
     parser.add_argument("--data", choices=[*CASES, "both"], default="both")
     parser.add_argument("--no-compile", action="store_true", help="do not try torch.compile for the peer")
     parser.add_argument("--precision", default="auto", help="of Regraft's runs (%(default)s)")

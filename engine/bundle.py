@@ -62,7 +62,9 @@ def read_info(folder: str | Path, *, verify: bool = True) -> BundleInfo:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BundleError(f"{folder}: not a bundle: bundle.json is missing; `regraft export RUN --to {folder}` makes one") from None
+        raise BundleError(
+            f"{folder}: not a bundle: bundle.json is missing; `regraft export RUN --to {folder}` makes one"
+        ) from None
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: cannot be read: {error}") from None
     if content.get("format") != FORMAT:

@@ -14,7 +14,8 @@ from regraft.engine.errors import RegraftError
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="regraft", description="Graft a new task onto a pretrained encoder: train it, evaluate it, export it, serve it."
+        prog="regraft",
+        description="Graft a new task onto a pretrained encoder: train it, evaluate it, export it, serve it.",
     )
     parser.add_argument("--version", action="version", version=f"regraft {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -53,7 +54,12 @@ def _add_init(commands: argparse._SubParsersAction) -> None:
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as training.learning_rate=3e-5"
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, such as training.learning_rate=3e-5",
     )
 
 
@@ -76,7 +82,9 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     for split, metrics in result.metrics.items():
         print(f"{split:5} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    print(f"{result.steps} steps in {result.seconds:.1f} s; best model: {result.folder / 'best'}; report: {result.folder / 'report.html'}")
+    print(
+        f"{result.steps} steps in {result.seconds:.1f} s; best model: {result.folder / 'best'}; report: {result.folder / 'report.html'}"
+    )
     return 0
 
 
@@ -95,9 +103,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("predict", help="answers for texts: on the command line, from a file or standard input")
+    parser = commands.add_parser(
+        "predict", help="answers for texts: on the command line, from a file or standard input"
+    )
     parser.add_argument("model", help="run folder or model folder")
-    parser.add_argument("texts", nargs="*", help="texts; none: --file, or standard input, one text or JSON object a line")
+    parser.add_argument(
+        "texts", nargs="*", help="texts; none: --file, or standard input, one text or JSON object a line"
+    )
     parser.add_argument("--file", help="jsonl, csv, tsv or parquet with the columns the model was trained on")
     parser.add_argument("--pair", help="second text of a pair, for one text on the command line")
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable labels")
@@ -115,9 +127,17 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export", help="turn a trained model into a bundle that can be served")
     parser.add_argument("model", help="run folder or model folder")
     parser.add_argument("--to", required=True, metavar="BUNDLE", help="folder to write")
-    parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers")
+    parser.add_argument(
+        "--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers"
+    )
     parser.add_argument("--int8", action="store_true", help="quantise the linear layers' weights to 8 bits")
-    parser.add_argument("--max-loss", type=float, default=0.5, metavar="POINTS", help="how much of the task's metric int8 may cost, in points of 100")
+    parser.add_argument(
+        "--max-loss",
+        type=float,
+        default=0.5,
+        metavar="POINTS",
+        help="how much of the task's metric int8 may cost, in points of 100",
+    )
     parser.add_argument("--data", metavar="FILE", help="labelled rows to compare on; default: the run's dev rows")
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.set_defaults(handler=_export)
@@ -127,7 +147,13 @@ def _export(args: argparse.Namespace) -> int:
     from regraft.engine.export import export_bundle
 
     report = export_bundle(
-        args.model, args.to, layout=args.layout, int8=args.int8, max_loss=args.max_loss, data_file=args.data, force=args.force
+        args.model,
+        args.to,
+        layout=args.layout,
+        int8=args.int8,
+        max_loss=args.max_loss,
+        data_file=args.data,
+        force=args.force,
     )
     print(report)
     return 0

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from regraft.engine.errors import ConfigError, nearest
 
 Rule = Literal["error", "drop"]
@@ -29,8 +28,12 @@ class ModelConfig(Section):
 
     name: str = Field(description="folder, or name on the Hugging Face hub")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    max_length: int | None = Field(None, ge=3, description="tokens kept of a text or pair; null: what the model takes, at most 512")
-    packing: Literal["auto", "off"] = Field("auto", description="run without pad tokens where the model is proven to allow it")
+    max_length: int | None = Field(
+        None, ge=3, description="tokens kept of a text or pair; null: what the model takes, at most 512"
+    )
+    packing: Literal["auto", "off"] = Field(
+        "auto", description="run without pad tokens where the model is proven to allow it"
+    )
     kernels: Literal["auto", "off"] = Field("auto", description="off: plain transformers modules, for comparison")
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
@@ -88,7 +91,9 @@ class DataConfig(Section):
     format: Literal["auto", "jsonl", "csv", "tsv", "parquet"] = "auto"
     columns: ColumnsConfig = ColumnsConfig()
     header: bool = Field(True, description="first line of a csv or tsv names its columns")
-    quoting: Literal["auto", "standard", "none"] = Field("auto", description="auto: standard for csv, none for tsv (as GLUE files need)")
+    quoting: Literal["auto", "standard", "none"] = Field(
+        "auto", description="auto: standard for csv, none for tsv (as GLUE files need)"
+    )
     encoding: str = "utf-8"
     label_separator: str = Field(",", min_length=1, description="multilabel: between labels in one csv or tsv cell")
     missing: Rule = Field("error", description="rows where text or label is missing")
@@ -116,10 +121,14 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = Field(1e-8, gt=0)
-    layer_decay: float = Field(1.0, gt=0, le=1, description="learning rate of each layer, as a share of the one above it")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="learning rate of each layer, as a share of the one above it"
+    )
     head_learning_rate: float | None = Field(None, gt=0, description="null: learning_rate")
     max_grad_norm: float | None = Field(1.0, gt=0)
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are evaluated and saved")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights that are evaluated and saved"
+    )
     seed: int = Field(0, ge=0)
     evaluate_every: int | Literal["epoch"] = Field("epoch", description="optimizer steps, or epoch")
     early_stopping: EarlyStopping | None = None
@@ -157,11 +166,15 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         if self.method == "frozen" and self.training.layer_decay != 1.0:
-            raise ValueError("training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full")
+            raise ValueError(
+                "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"
+            )
         columns = self.data.columns
         used = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair is not None else [])
         if len(set(used)) != len(used):
-            raise ValueError(f"data.columns: the same column {next(c for c in used if used.count(c) > 1)!r} is named twice")
+            raise ValueError(
+                f"data.columns: the same column {next(c for c in used if used.count(c) > 1)!r} is named twice"
+            )
         if not self.data.header and not all(isinstance(c, int) for c in used):
             raise ValueError("data.columns: without a header, columns are 0-based numbers")
         return self
@@ -272,7 +285,9 @@ def _distinct(errors: list[Any]) -> list[Any]:
 
 def _is_branch(part: str | int) -> bool:
     # pydantic names the member of a union it tried inside the location; no key of ours looks like these.
-    return isinstance(part, str) and (part in {"int", "str", "float", "bool"} or "[" in part or part.startswith("literal"))
+    return isinstance(part, str) and (
+        part in {"int", "str", "float", "bool"} or "[" in part or part.startswith("literal")
+    )
 
 
 def _explain(error: Any, source: str, lines: dict[tuple, int], values: dict[str, Any]) -> str:

@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from regraft.engine.batches import by_length, collate
 from regraft.engine.bundle import BundleInfo, write_info
 from regraft.engine.errors import DataError, ExportError
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs
-from regraft.engine.machine import available_threads, versions
+from regraft.engine.machine import versions
+from regraft.engine.threads import available_threads
 from regraft.engine.trained import Trained, load_trained
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
-
     from regraft.engine.data.tokens import TokenStore
 
 PARITY_TOLERANCE = 1e-4
@@ -58,7 +57,6 @@ def export_bundle(
     from the model, int8 costs more than that, or `to` exists and `force` is off.
     """
     import torch
-
     from regraft.engine.graphs import write_graph
 
     to = Path(to)
@@ -73,7 +71,9 @@ def export_bundle(
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
     comparison = compare_rows(trained, data_file)
     if int8 and comparison is None:
-        raise ExportError("int8 is gated on the task's metric and there are no held-out rows: name some with --data FILE")
+        raise ExportError(
+            "int8 is gated on the task's metric and there are no held-out rows: name some with --data FILE"
+        )
     expected = grid_logits(trained)
     info = BundleInfo(
         layout=layout,
@@ -128,7 +128,6 @@ def grid(vocabulary: int, longest: int) -> list[list[np.ndarray]]:
 def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
     """The torch model's logits for every batch of the grid."""
     import torch
-
     from regraft.engine.packing import pack
 
     running = trained.running
@@ -229,7 +228,9 @@ def quantise_within(
     for candidate in candidates(matrix_products(graph), error_of):
         quantise(graph, trial, candidate.kept)
         quality = _quality(trained, comparison, graph_runner(open_graph(trial), info))
-        tried.append(f"{candidate.name}: {quality['metric']} {quality['graph']:.4f} ({-quality['loss_points']:+.2f} points)")
+        tried.append(
+            f"{candidate.name}: {quality['metric']} {quality['graph']:.4f} ({-quality['loss_points']:+.2f} points)"
+        )
         if quality["loss_points"] <= max_loss:
             shutil.move(trial, graph)
             return replace(info, precision="int8", quality=quality | {"quantised": candidate.name})
@@ -243,10 +244,14 @@ def quantise_within(
 def _report(to: Path, info: BundleInfo) -> str:
     size = sum(p.stat().st_size for p in to.iterdir()) / 1e6
     lines = [f"{to}: {info.layout} {info.precision} graph, {size:.1f} MB"]
-    lines.append(f"logits differ by at most {info.parity['largest_error']:.1e} from the model's (fp32 graph, {info.parity['batches']} batch shapes)")
+    lines.append(
+        f"logits differ by at most {info.parity['largest_error']:.1e} from the model's (fp32 graph, {info.parity['batches']} batch shapes)"
+    )
     if info.quality:
         q = info.quality
-        lines.append(f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}")
+        lines.append(
+            f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}"
+        )
     else:
         lines.append("the run's held-out rows are gone, so the metric was not compared; name some with --data FILE")
     if "quantised" in info.quality:

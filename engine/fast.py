@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-
 from regraft.kernels.dropout import dropout
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
@@ -82,7 +81,9 @@ def _small_batch(running: RunningModel) -> Any:
 
     generator = torch.Generator().manual_seed(11)
     vocabulary = running.model.config.vocab_size
-    ids = [torch.randint(min(10, vocabulary - 1), vocabulary, (n,), generator=generator).numpy() for n in (5, 1, 17, 17, 9)]
+    ids = [
+        torch.randint(min(10, vocabulary - 1), vocabulary, (n,), generator=generator).numpy() for n in (5, 1, 17, 17, 9)
+    ]
     return pack(ids).to(next(running.parameters()).device)
 
 

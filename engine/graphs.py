@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.models import RunningModel
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,9 @@ class GraphLayout:
         return self.pad_index[:, 0]
 
     def _cells(self, x: Tensor) -> Tensor:
-        return x[self.pad_index].transpose(1, 2)  # [T, H, D] -> [B, L, H, D] -> [B, H, L, D]
+        # [T, H, D] -> [B, L, H, D] -> [B, H, L, D]; index_select is a Gather, plain indexing the slower GatherND
+        flat = x.index_select(0, self.pad_index.flatten())
+        return flat.view(*self.pad_index.shape, *x.shape[1:]).transpose(1, 2)
 
     def _bias(self) -> Tensor:
         cells = torch.arange(self.pad_index.shape[1], device=self.lengths.device)
@@ -46,16 +47,17 @@ class GraphLayout:
             far = (cells[:, None] - cells[None, :]).abs() > window
             scores = scores + torch.where(far, -1e9, 0.0)
         out = torch.matmul(torch.softmax(scores, dim=-1), self._cells(v)).transpose(1, 2)
-        return out.flatten(0, 1)[self.token_index]
+        return out.flatten(0, 1).index_select(0, self.token_index)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         scores = torch.matmul((q * scale)[:, :, None], self._cells(k).transpose(-1, -2)) + self._bias()
         return torch.matmul(torch.softmax(scores, dim=-1), self._cells(v))[:, :, 0]
 
     def means(self, hidden: Tensor) -> Tensor:
-        cells = torch.arange(self.pad_index.shape[1], device=self.lengths.device)
-        inside = (cells[None] < self.lengths[:, None]).to(hidden.dtype)[..., None]
-        return (hidden[self.pad_index] * inside).sum(dim=1) / self.lengths[:, None].to(hidden.dtype)
+        numbers = torch.arange(self.pad_index.shape[1], device=self.lengths.device)
+        inside = (numbers[None] < self.lengths[:, None]).to(hidden.dtype)[..., None]
+        cells = hidden.index_select(0, self.pad_index.flatten()).view(*self.pad_index.shape, -1)
+        return (cells * inside).sum(dim=1) / self.lengths[:, None].to(hidden.dtype)
 
 
 class _PackedGraph(nn.Module):
@@ -153,7 +155,7 @@ def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:
 
 
 def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) -> None:
-    dims = {name: torch.export.Dim.DYNAMIC for name in ("T", "B", "L")}
+    dims = dict.fromkeys(("T", "B", "L"), torch.export.Dim.DYNAMIC)
     shapes = {name: {axis: dims[d] for axis, d in axes[name].items()} for name in inputs}
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -177,3 +179,13 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) 
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+    _forget_shapes(path)
+
+
+def _forget_shapes(path: Path) -> None:
+    # The exporter notes shapes of weights from before it transposed them, and quantisation trips over those notes.
+    import onnx
+
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    onnx.save(model, path)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-
+from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.read import read_file, read_rows
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.split import split_dev
-from regraft.engine.data.tokens import TokenStore, cache_folder, tokenize
+from regraft.engine.data.tokens import TokenStore, tokenize
 from regraft.engine.errors import DataError
 from regraft.engine.trained import Trained
 

@@ -2,48 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import os
 import platform
 from functools import cache
 from pathlib import Path
 
-
-def available_threads(root: Path = Path("/")) -> int:
-    """CPUs this process may use: its affinity, cut down to the control group's quota; at least 1."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(root)
-    return max(1, min(affinity, math.ceil(quota)) if quota else affinity)
-
-
-def _quota(root: Path) -> float | None:
-    """CPUs that the tightest control group above this process allows; None without a limit."""
-    found = []
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        base = root / "sys/fs/cgroup" / ("cpu" if "cpu" in controllers.split(",") else "")
-        for folder in [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]:
-            found += _limits(folder)
-            if folder == base:
-                break
-    return min(found) if found else None
-
-
-def _limits(folder: Path) -> list[float]:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return [] if quota == "max" else [int(quota) / int(period)]
-    except (OSError, ValueError):
-        pass
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        return [] if quota <= 0 else [quota / int((folder / "cpu.cfs_period_us").read_text())]
-    except (OSError, ValueError):
-        return []
+from regraft.engine.threads import available_threads
 
 
 @cache
@@ -71,7 +34,9 @@ def describe() -> str:
     name = platform.processor() or platform.machine()
     try:
         name = next(
-            line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
         )
     except (OSError, StopIteration):
         pass

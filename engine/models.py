@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from regraft.engine.errors import ModelError
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
+from torch import Tensor, nn
 
 ATTENTION = "regraft_packed"
 PROOF_TOLERANCE = 1e-4
@@ -151,7 +150,9 @@ class RunningModel(nn.Module):
             if self.model.config._attn_implementation != ATTENTION:
                 raise NotImplementedError("it has an attention of its own")
         except Exception as error:  # whatever a model of unknown make raises: it cannot run packed
-            self.run_padded(f"{type(self.model).__name__} does not take another attention function ({_first_line(error)})")
+            self.run_padded(
+                f"{type(self.model).__name__} does not take another attention function ({_first_line(error)})"
+            )
             return
         self._install()
         self.packed = True

@@ -49,7 +49,11 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
         return PackedBatch(
-            move(self.input_ids), move(self.position_ids), move(self.cu_seqlens), self.lengths, move(self.token_type_ids)
+            move(self.input_ids),
+            move(self.position_ids),
+            move(self.cu_seqlens),
+            self.lengths,
+            move(self.token_type_ids),
         )
 
 

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import IO, Any
 
 import numpy as np
-
 from regraft.engine.batches import by_length
 from regraft.engine.errors import DataError
 from regraft.engine.tasks import Prediction
@@ -58,7 +57,9 @@ def _cut_tokens(trained: Trained, chunk: list[tuple[str, str | None]], store: An
     cut = np.zeros(len(chunk), dtype=np.int64)
     for i in np.flatnonzero(store.lengths == trained.max_length):
         text, pair = chunk[i]
-        whole = trained.tokenizer.backend.encode(text, pair) if pair is not None else trained.tokenizer.backend.encode(text)
+        whole = (
+            trained.tokenizer.backend.encode(text, pair) if pair is not None else trained.tokenizer.backend.encode(text)
+        )
         cut[i] = len(whole) - trained.max_length
     return cut
 
@@ -67,8 +68,8 @@ def evaluate_file(model: str, file: str | None, style: str) -> int:
     """`regraft evaluate`: figures and the per-class table, or JSON."""
     from regraft.engine.evaluation import evaluate
     from regraft.engine.heldout import encoded, heldout_rows
-    from regraft.engine.machine import available_threads
     from regraft.engine.progress import ProgressBar
+    from regraft.engine.threads import available_threads
 
     _set_threads(available_threads())
     trained = load_trained(model)
@@ -99,7 +100,7 @@ def predict_command(
 ) -> int:
     """`regraft predict`: write one answer a text to standard output, in order, as they come."""
     from regraft.engine.data.read import iter_texts
-    from regraft.engine.machine import available_threads
+    from regraft.engine.threads import available_threads
 
     if texts and file:
         raise DataError(f"both --file {file} and texts on the command line were given; expected one of them")

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 from regraft.engine.errors import ModelError, nearest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from regraft.engine.config import ModelConfig
     from regraft.engine.tasks import Task
+    from transformers import PreTrainedModel
 
 
 def resolve(name: str) -> str:
@@ -24,7 +23,9 @@ def resolve(name: str) -> str:
         package, _, inside = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise ModelError(f"model.name: {name}: no installed package {package!r}; pip install {package.replace('_', '-')}")
+            raise ModelError(
+                f"model.name: {name}: no installed package {package!r}; pip install {package.replace('_', '-')}"
+            )
         folder = Path(next(iter(spec.submodule_search_locations))) / inside
         if not folder.is_dir():
             raise ModelError(f"model.name: {name}: the package has no folder {inside!r}")
@@ -64,7 +65,13 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
             problem_type=task.problem_type,
         )
         if config.dropout is not None:
-            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "mlp_dropout"):
+            for key in (
+                "hidden_dropout_prob",
+                "attention_probs_dropout_prob",
+                "dropout",
+                "attention_dropout",
+                "mlp_dropout",
+            ):
                 if hasattr(settings, key):
                     setattr(settings, key, config.dropout)
         return AutoModelForSequenceClassification.from_pretrained(

@@ -9,4 +9,7 @@ from regraft.serve.command import add_arguments, serve
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m regraft.serve", description="Answer HTTP requests with a bundle.")
     add_arguments(parser)
-    raise SystemExit(serve(parser.parse_args()))
+    try:
+        raise SystemExit(serve(parser.parse_args()))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from regraft.engine.errors import RegraftError
@@ -44,15 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--queue-tokens", type=int, default=DEFAULTS.queue_tokens, help="most tokens that wait; beyond that: 429"
     )
     parser.add_argument("--max-body-bytes", type=int, default=DEFAULTS.max_body_bytes, help="largest request body")
+    parser.add_argument(
+        "--stall", type=float, default=DEFAULTS.stall, help="seconds after which a batch counts as hung: not ready"
+    )
     parser.add_argument("--max-items", type=int, default=DEFAULTS.max_items, help="longest list in one request")
     parser.add_argument("--grace", type=float, default=DEFAULTS.grace, help="seconds to answer what waits when stopped")
 
 
 def serve(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT. Exit code: 0 stopped in good order, 1 not all was answered, 2 could not start."""
-    names = ("host", "port", "threads", "max_batch_tokens", "queue_tokens", "max_body_bytes", "max_items", "grace")
+    given = {f.name: getattr(arguments, f.name) for f in fields(ServeSettings) if hasattr(arguments, f.name)}
     try:
-        settings = ServeSettings(**{name: getattr(arguments, name) for name in names})
+        settings = ServeSettings(**given)
     except ValueError as error:
         return _complain(error)
     try:
@@ -67,14 +71,10 @@ def _complain(error: Exception) -> int:
 
 
 def _serve(bundle: str, settings: ServeSettings) -> int:
-    # While loading there is nothing to finish: leave at once. Once it runs, uvicorn handles both signals, and raises
-    # them again after an orderly end, which then must not look like a failure.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
     # Bound before the model is loaded, so that a port in use is told at once, but not listening before it can answer.
     listener = _bind(settings.host, settings.port)
     with listener:
-        from regraft.serve.threads import available_threads
+        from regraft.engine.threads import available_threads
 
         threads = settings.threads or available_threads()
         # Texts are tokenised by the endpoint's own threads; a second pool under them costs more than it brings.
@@ -120,6 +120,12 @@ def _run_until_stopped(app: Any, scheduler: Scheduler, listener: socket.socket, 
     answered = True
 
     class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            # A second Ctrl-C means now. Not kept by uvicorn's list of signals, which it raises again at the end: an
+            # orderly end is no failure.
+            self.force_exit = self.force_exit or (self.should_exit and sig == signal.SIGINT)
+            self.should_exit = True
+
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
@@ -140,9 +146,10 @@ def _run_until_stopped(app: Any, scheduler: Scheduler, listener: socket.socket, 
         timeout_keep_alive=65,
         timeout_graceful_shutdown=int(settings.grace) + 2,
     )
-    try:
-        Server(config).run(sockets=[listener])
-    except SystemExit as stopped:
-        if stopped.code not in (0, None):
-            raise
-    return 0 if answered else 1
+    Server(config).run(sockets=[listener])
+    if not answered:
+        # The model is still in its last batch, in code that cannot be interrupted and must not outlive the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    return 0

@@ -14,7 +14,6 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, create_model
-
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.tasks import Prediction, Task
 from regraft.serve.limits import BodyLimit
@@ -31,8 +30,11 @@ from regraft.serve.schemas import (
     example_answer,
 )
 from regraft.serve.settings import ServeSettings
-from regraft.serve.tickets import Failure, Outcome, Ticket, TooLarge
+from regraft.serve.tickets import Failure, Outcome, Overloaded, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
+
+# So many characters for each token that the queue takes may wait for the tokenizer; more would find the queue full.
+BACKLOG_CHARACTERS = 8
 
 
 class Model(Protocol):
@@ -57,6 +59,8 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
         yield
         watch.cancel()
         tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    backlog = 0  # characters on their way to the tokenizer; only the event loop's thread touches it
 
     app = FastAPI(
         title="Regraft", description=_description(session), version=str(session.info.format), lifespan=lifespan
@@ -94,9 +98,17 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
         if len(inputs) > settings.max_items:
             raise TooLarge(f"{len(inputs)} inputs in one request; at most {settings.max_items} are taken at a time")
         scheduler.check_room()
-        began = perf_counter()
+        nonlocal backlog
         texts, pairs = [i.text for i in inputs], [i.text_pair for i in inputs]
-        items = await asyncio.get_running_loop().run_in_executor(tokenizing, session.tokenize, texts, pairs)
+        characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if pair is not None)
+        if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
+            raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)
+        backlog += characters
+        began = perf_counter()
+        try:
+            items = await asyncio.get_running_loop().run_in_executor(tokenizing, session.tokenize, texts, pairs)
+        finally:
+            backlog -= characters
         took = perf_counter() - began
         readable = [i for i, item in enumerate(items) if item.problem is None]
         rows: list[np.ndarray | Failure] = [Failure(item.problem or "") for item in items]

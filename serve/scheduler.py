@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
 from regraft.serve.tickets import Failure, NotReady, Overloaded, Slot, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
 
@@ -34,7 +33,7 @@ class Scheduler:
         probe: Encoded,
         max_batch_tokens: int,
         queue_tokens: int,
-        stall: float = 15.0,
+        stall: float = 20.0,
         probe_every: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -160,7 +159,7 @@ class Scheduler:
         took = self._clock() - started
         sound = not all(isinstance(row, Failure) for row in rows)
         with self._changed:
-            self._running, self._busy_since = (), None
+            self._busy_since = None
             if sound:
                 self._broken = None
                 self._recent_tokens = 0.9 * self._recent_tokens + sum(slot.item.tokens for slot in batch)
@@ -173,6 +172,8 @@ class Scheduler:
             slot.ticket.missing -= 1
             if not slot.ticket.missing:
                 slot.ticket.finish()
+        with self._changed:
+            self._running = ()
         if not sound:
             self._try_probe()
 
@@ -187,7 +188,7 @@ class Scheduler:
                 return [Failure(f"the model failed on this item: {_first_line(error)}")]
             half = len(items) // 2
             return self._rows(items[:half]) + self._rows(items[half:])
-        finite = np.isfinite(logits).all(axis=1).tolist()
+        finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
         not_finite = Failure("the model gave a number that is not finite")
         return [logits[i] if finite[i] else not_finite for i in range(len(items))]
 

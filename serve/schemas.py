@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
-
 from regraft.engine.tasks import Prediction, Task
 
 

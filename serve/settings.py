@@ -22,7 +22,7 @@ class ServeSettings:
     grace: float = 20.0
     max_body_bytes: int = 4_194_304
     max_items: int = 4096
-    stall: float = 15.0
+    stall: float = 20.0
     probe_every: float = 5.0
 
     def __post_init__(self) -> None:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
-
 from regraft.serve.tokens import Encoded
 
 

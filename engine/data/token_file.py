@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from regraft.engine.data.cache import write_whole
 
 log = logging.getLogger(__name__)

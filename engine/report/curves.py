@@ -7,9 +7,9 @@ from typing import Any
 
 from regraft.engine.report.data import Record, ReportData
 from regraft.engine.report.formats import ERRORS, SHARES, compact, count, metric_name, metric_value, percent
+from regraft.engine.report.lines import Line, line_chart
 from regraft.engine.report.markup import Markup, el
 from regraft.engine.report.scale import Point, finite, smooth
-from regraft.engine.report.svg import Line, line_chart
 
 SMALL = (300.0, 170.0)
 COLOURS = ("c1", "c2", "c3", "c4")
@@ -18,6 +18,11 @@ COLOURS = ("c1", "c2", "c3", "c4")
 def series(records: Sequence[Record], key: str) -> list[Point]:
     """(step, value) of the records that have a finite value."""
     return finite([(r.get("step"), r.get(key)) for r in records])
+
+
+def steps(records: Sequence[Record]) -> list[Point]:
+    """(step, 0) of the records that have a step."""
+    return finite([(r.get("step"), 0) for r in records])
 
 
 def noisy(name: str, points: list[Point]) -> list[Line]:
@@ -30,28 +35,30 @@ def noisy(name: str, points: list[Point]) -> list[Line]:
 def training_curves(data: ReportData) -> Markup:
     """Loss and evaluation figures large, the three that explain them small."""
     train = data.of_kind("train")
-    skipped = [step for step, _ in finite([(r.get("step"), 0) for r in data.of_kind("skipped")])]
+    until = max((step for step, _ in steps(data.history)), default=0.0)
+    skipped = [step for step, _ in steps(data.of_kind("skipped"))]
+    rate, norm, speed = (series(train, key) for key in ("learning_rate", "grad_norm", "tokens_per_second"))
+    large = [loss_figure(data, until, skipped), metric_figure(data, until)]
     small = [
-        figure("Learning rate", [Line("learning rate", series(train, "learning_rate"))], size=SMALL),
-        figure("Gradient norm", noisy("gradient norm", series(train, "grad_norm")), size=SMALL, notches=skipped),
-        figure("Tokens a second", noisy("tokens a second", series(train, "tokens_per_second")), size=SMALL),
+        figure("Learning rate", [Line("learning rate", rate)], size=SMALL, until=until),
+        figure("Gradient norm", noisy("gradient norm", norm), size=SMALL, until=until, notches=skipped),
+        figure("Tokens a second", noisy("tokens a second", speed), size=SMALL, until=until),
     ]
-    large = [loss_figure(data, train, skipped), metric_figure(data)]
-    rows = [el("div", kept, class_=name) for name, kept in (("two", _some(large)), ("three", _some(small))) if kept]
-    return el("section", el("h2", "Training"), rows or el("p", "No training step was recorded.", class_="note"), _skipped(data))
+    rows = [el("div", f, class_=name) for name, f in (("two", large), ("three", small)) if any(f)]
+    nothing = el("p", "No training step was recorded.", class_="note")
+    return el("section", el("h2", "Training"), rows or nothing, _skipped(data))
 
 
-def loss_figure(data: ReportData, train: Sequence[Record], notches: Sequence[float]) -> Markup | None:
+def loss_figure(data: ReportData, until: float, notches: Sequence[float]) -> Markup | None:
     """Training loss and, where the evaluation gives one in the same unit, its loss."""
     key = "mse" if data.task == "regression" else "loss"
     evaluated = finite([(r.get("step"), r.get("metrics", {}).get(key)) for r in data.evaluations])
-    points = series(train, "loss")
-    lines = noisy("train", points)
+    lines = noisy("train", series(data.of_kind("train"), "loss"))
     lines += [Line(data.split, evaluated, "c3", dots=True)] if evaluated else []
-    return figure("Loss", lines, notches=notches)
+    return figure("Loss", lines, until=until, notches=notches)
 
 
-def metric_figure(data: ReportData) -> Markup | None:
+def metric_figure(data: ReportData, until: float) -> Markup | None:
     """All figures of the evaluation that are shares or correlations; what is equal to another is shown once."""
     names = list(dict.fromkeys(name for r in data.evaluations for name in r.get("metrics", {})))
     chosen = data.best[1] if data.best else None
@@ -60,13 +67,13 @@ def metric_figure(data: ReportData) -> Markup | None:
     lines: list[Line] = []
     for name in names:
         points = finite([(r.get("step"), r.get("metrics", {}).get(name)) for r in data.evaluations])
-        if points and len(lines) < len(COLOURS) and all(points != line.points for line in lines):
+        if points and len(lines) < len(COLOURS) and all(points != curve.points for curve in lines):
             lines.append(Line(metric_name(name), points, COLOURS[len(lines)], dots=True))
-    best = (float(data.best[0]), float(data.best[2])) if data.best and finite([(data.best[0], data.best[2])]) else None
-    ring = f"best: {metric_value(chosen or '', best[1])} at step {count(best[0])}" if best else None
-    written: Callable[[float], str] = (lambda v: percent(v).replace(".0%", "%")) if all(n in SHARES for n in names) else compact
-    title = f"Evaluation on {data.split}"
-    return figure(title, lines, floor=None, written=written, best=best if lines else None, ring=ring)
+    shares = all(n in SHARES for n in names)
+    written: Callable[[float], str] = (lambda v: percent(v).replace(".0%", "%")) if shares else compact
+    where = finite([(data.best[0], data.best[2])]) if data.best and lines else []
+    best = {"best": where[0], "ring": f"best: {metric_value(str(chosen), where[0][1])}"} if where else {}
+    return figure(f"Evaluation on {data.split}", lines, until=until, floor=None, roof=1.0, written=written, **best)
 
 
 def figure(title: str, lines: Sequence[Line], *, ring: str | None = None, **chart: Any) -> Markup | None:
@@ -74,8 +81,8 @@ def figure(title: str, lines: Sequence[Line], *, ring: str | None = None, **char
     drawn = line_chart(lines, title=title, **chart)
     if drawn is None:
         return None
-    named = [line for line in lines if line.points and line.style != "faint"]
-    keys = [el("span", el("i", class_=line.style), line.name) for line in named] if len(named) > 1 or ring else []
+    named = [curve for curve in lines if curve.points and curve.style != "faint"]
+    keys = [el("span", el("i", class_=curve.style), curve.name) for curve in named] if len(named) > 1 or ring else []
     keys += [el("span", el("i", class_="ring ink"), ring)] if ring else []
     return el("figure", el("h3", title), el("div", keys, class_="legend") if keys else None, drawn)
 
@@ -85,12 +92,8 @@ def _skipped(data: ReportData) -> Markup | None:
     total = int(data.totals.get("skipped") or len(records))
     if not total:
         return None
-    steps = [count(r["step"]) for r in records if "step" in r]
-    listed = f" (step {', '.join(steps[:12])}{', …' if len(steps) > 12 else ''}; red marks in the charts)" if steps else ""
+    listed = [count(step) for step, _ in steps(records)]
+    which = f" (step {', '.join(listed[:12])}{', …' if len(listed) > 12 else ''}; red marks)" if listed else ""
     noun = "step was" if total == 1 else "steps were"
-    said = f"{count(total)} {noun} skipped because the loss or the gradient was not finite{listed}."
+    said = f"{count(total)} {noun} skipped because the loss or the gradient was not finite{which}."
     return el("p", said, class_="note warning")
-
-
-def _some(figures: Sequence[Markup | None]) -> list[Markup]:
-    return [f for f in figures if f is not None]

@@ -29,6 +29,12 @@ def join(children: Iterable[Any]) -> Markup:
     return Markup("".join(parts))
 
 
+def breakable(name: str) -> list[Any]:
+    """A name that may be broken after its joints: `lost_or_stolen_card` has no space to break at."""
+    parts = re.split(r"(?<=[_./:-])(?=[^_./:-])", name)
+    return [parts[0], *(piece for part in parts[1:] for piece in (el("wbr"), part))]
+
+
 def el(tag: str, *children: Any, **attributes: Any) -> Markup:
     """`el("td", label, class_="name", data_key=3)`; attributes that are None or False are left out."""
     written = "".join(

@@ -6,13 +6,26 @@ import base64
 import hashlib
 from pathlib import Path
 
-from regraft.engine.report import sections
+from regraft.engine.report import provenance, sections
 from regraft.engine.report.curves import training_curves
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.files import write_whole
 from regraft.engine.report.markup import Markup, el
 from regraft.engine.report.style import SCRIPT, STYLE
 from regraft.engine.report.summary import summary
+
+PARTS = (
+    sections.tiles,
+    training_curves,
+    sections.evaluations,
+    sections.confusion,
+    sections.regression,
+    sections.calibration,
+    sections.per_class,
+    sections.worst,
+    provenance.data_notes,
+    provenance.settings,
+)
 
 
 def write_report(folder: Path, data: ReportData) -> Path:
@@ -21,23 +34,19 @@ def write_report(folder: Path, data: ReportData) -> Path:
 
 
 def render(data: ReportData) -> str:
-    """The page. What is missing in `data` is left out; nothing recorded at all is said."""
-    head = el("header", el("p", "Training report", class_="eyebrow"), el("h1", data.name), el("p", summary(data), class_="lead"))
-    body = [head, sections.tiles(data), training_curves(data), sections.evaluations(data), sections.confusion(data)]
-    body += [sections.regression(data), sections.calibration(data), sections.per_class(data), sections.worst(data)]
-    body += [sections.data_notes(data), sections.settings(data)]
-    page = el(
-        "html", el("head", _meta(data.name), el("style", Markup(STYLE))),
-        el("body", el("main", body), el("script", Markup(SCRIPT))), lang="en",
-    )  # fmt: skip
-    return f"<!doctype html>\n{page}\n"
+    """The page. What `data` lacks is left out; that nothing was recorded at all is said."""
+    eyebrow, lead = el("p", "Training report", class_="eyebrow"), el("p", summary(data), class_="lead")
+    header = el("header", eyebrow, el("h1", data.name), lead)
+    body = el("body", el("main", header, [part(data) for part in PARTS]), el("script", Markup(SCRIPT)))
+    head = el("head", _meta(data.name), el("style", Markup(STYLE)))
+    return f"<!doctype html>\n{el('html', head, body, lang='en')}\n"
 
 
 def _meta(title: str) -> list[Markup]:
     # The page shows texts and labels of strangers. They are escaped; should one slip through all the same, the
     # browser runs no script but ours and loads nothing.
     ours = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{ours}'; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{ours}'; base-uri 'none'"
     return [
         el("meta", charset="utf-8"),
         el("meta", http_equiv="Content-Security-Policy", content=policy),

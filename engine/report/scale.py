@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 Point = tuple[float, float]
@@ -27,12 +28,12 @@ class Scale:
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) inside [low, high], roughly `about` of them."""
+    """Round numbers inside [low, high], roughly `about` of them, 1, 2, 2.5 or 5 times a power of ten apart."""
     if not high > low:
         return [low]
     rough = (high - low) / max(about, 1)
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.999)
+    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= rough * 0.7)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{k * step:.10g}") for k in range(first, last + 1)]
 
@@ -42,7 +43,7 @@ def finite(points: Sequence[tuple[Any, Any]]) -> list[Point]:
     return [
         (float(x), float(y))
         for x, y in points
-        if isinstance(x, int | float) and isinstance(y, int | float) and math.isfinite(x) and math.isfinite(y)
+        if isinstance(x, Real) and isinstance(y, Real) and math.isfinite(x) and math.isfinite(y)
     ]
 
 

@@ -6,7 +6,7 @@ import math
 from pathlib import PurePath
 
 from regraft.engine.report.data import ReportData
-from regraft.engine.report.formats import METRIC_NAMES, count, duration, metric_value
+from regraft.engine.report.formats import compact, count, duration, metric_name, metric_value
 
 METHODS = {
     "full": "{model} fine-tuned",
@@ -16,6 +16,7 @@ METHODS = {
     "adapter": "{model} fine-tuned with adapters",
 }
 TASKS = {"classification": "classification", "multilabel": "multi-label classification", "regression": "regression"}
+NAMED_AFTER = {"matthews", "pearson", "spearman"}  # people keep their capital
 
 
 def model_name(data: ReportData) -> str:
@@ -30,7 +31,7 @@ def train_rows(data: ReportData) -> int | None:
 def summary(data: ReportData) -> str:
     """Method, model, rows and time; then the best figure and when it was reached."""
     method = METHODS.get(str(data.setting("method", "full")), f"{{model}} trained with {data.setting('method')}")
-    said = method.format(model=model_name(data)) + f" for {TASKS.get(data.task, data.task)}"
+    said = method.replace("{model}", model_name(data)) + f" for {TASKS.get(data.task, data.task)}"
     if train_rows(data):
         said += f" on {count(train_rows(data))} rows"
     if data.totals.get("seconds"):
@@ -39,11 +40,13 @@ def summary(data: ReportData) -> str:
 
 
 def best_sentence(data: ReportData) -> str:
+    """'Best accuracy on dev: 92.4% (step 462, epoch 2.3).'"""
     if not data.best:
         return "It was not evaluated."
     step, metric, value = data.best
-    epoch = (data.best_record or {}).get("epoch")
-    when = f"step {count(step)}" + (f", epoch {epoch:.2g}" if isinstance(epoch, int | float) and math.isfinite(epoch) else "")
-    name = METRIC_NAMES.get(metric, metric.replace("_", " "))
-    name = name if name[:1] != name[:1].upper() or name.startswith(("Pearson", "Spearman", "Matthews")) else name[0].lower() + name[1:]
+    when, epoch = f"step {count(step)}", (data.best_record or {}).get("epoch")
+    if isinstance(epoch, int | float) and math.isfinite(epoch):
+        when += f", epoch {compact(round(epoch, 1))}"
+    name = metric_name(metric)
+    name = name if metric in NAMED_AFTER else name[0].lower() + name[1:]
     return f"Best {name} on {data.split}: {metric_value(metric, value)} ({when})."

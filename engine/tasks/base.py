@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-
 from regraft.engine.data.rows import Rows
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from regraft.engine.config import TaskConfig
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,9 @@ class Task(ABC):
         """Columns of the logits."""
 
     @abstractmethod
-    def encode(self, rows: Rows, label_column: str | int = "label", unknown: str = "error") -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Targets of the rows and the indices of the rows that are kept ([N'] int64).
 
         All are kept unless `unknown` is 'drop'. Raises DataError naming file, line and label.

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError, nearest
 from regraft.engine.tasks.base import Metrics, Prediction, Task, ranked
 from regraft.engine.tasks.labels import find_names, label_index
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from regraft.engine.config import TaskConfig
+    from torch import Tensor
 
 CALIBRATION_BINS = 10
 
@@ -45,7 +43,9 @@ class Classification(Task):
         self.label_smoothing = label_smoothing
         self.metric = metric
         if metric not in self.metrics_known:
-            raise ConfigError(f"task.metric: {metric!r} is not a figure of a classification: {', '.join(self.metrics_known)}")
+            raise ConfigError(
+                f"task.metric: {metric!r} is not a figure of a classification: {', '.join(self.metrics_known)}"
+            )
 
     @classmethod
     def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> Classification:
@@ -64,7 +64,9 @@ class Classification(Task):
         elif isinstance(config.class_weights, Mapping):
             for name in config.class_weights:
                 if name not in names:
-                    raise ConfigError(f"task.class_weights: {name!r} is not a label of {train.path}{nearest(name, names)}")
+                    raise ConfigError(
+                        f"task.class_weights: {name!r} is not a label of {train.path}{nearest(name, names)}"
+                    )
             task.class_weights = np.array([config.class_weights.get(n, 1.0) for n in names], dtype=np.float32)
         return task
 
@@ -79,7 +81,9 @@ class Classification(Task):
     def outputs(self) -> int:
         return len(self.labels)
 
-    def encode(self, rows: Rows, label_column: str | int = "label", unknown: str = "error") -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
+    ) -> tuple[np.ndarray, np.ndarray]:
         return label_index(self.labels, rows, label_column, unknown)
 
     def weights(self, targets: np.ndarray) -> np.ndarray:
@@ -169,7 +173,13 @@ class ClassificationMetrics(Metrics):
         rows = self.confusion.sum(axis=1)
         return {
             "per_class": [
-                {"label": self.labels[i], "precision": precision[i], "recall": recall[i], "f1": f1[i], "rows": int(rows[i])}
+                {
+                    "label": self.labels[i],
+                    "precision": precision[i],
+                    "recall": recall[i],
+                    "f1": f1[i],
+                    "rows": int(rows[i]),
+                }
                 for i in numbers
             ],
             "confusion": {"labels": list(self.labels), "matrix": self.confusion.tolist()},

@@ -6,16 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError, nearest
 from regraft.engine.tasks.base import Metrics, Prediction, Task, ranked
 from regraft.engine.tasks.labels import in_order, index_by_name, name_of, unknown_label
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from regraft.engine.config import TaskConfig
+    from torch import Tensor
 
 SCORE_BINS = 1000
 
@@ -46,7 +44,9 @@ class MultiLabel(Task):
         self.positive_weights = positive_weights
         self.metric = metric
         if metric not in self.metrics_known:
-            raise ConfigError(f"task.metric: {metric!r} is not a figure of a multilabel task: {', '.join(self.metrics_known)}")
+            raise ConfigError(
+                f"task.metric: {metric!r} is not a figure of a multilabel task: {', '.join(self.metrics_known)}"
+            )
 
     @classmethod
     def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> MultiLabel:
@@ -65,13 +65,17 @@ class MultiLabel(Task):
         elif isinstance(config.class_weights, Mapping):
             for name in config.class_weights:
                 if name not in names:
-                    raise ConfigError(f"task.class_weights: {name!r} is not a label of {train.path}{nearest(name, names)}")
+                    raise ConfigError(
+                        f"task.class_weights: {name!r} is not a label of {train.path}{nearest(name, names)}"
+                    )
             task.positive_weights = np.array([config.class_weights.get(n, 1.0) for n in names], dtype=np.float32)
         return task
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> MultiLabel:
-        return cls(tuple(spec["labels"]), thresholds=np.array(spec["thresholds"]), metric=spec.get("metric", "macro_f1"))
+        return cls(
+            tuple(spec["labels"]), thresholds=np.array(spec["thresholds"]), metric=spec.get("metric", "macro_f1")
+        )
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -85,7 +89,9 @@ class MultiLabel(Task):
     def outputs(self) -> int:
         return len(self.labels)
 
-    def encode(self, rows: Rows, label_column: str | int = "label", unknown: str = "error") -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
+    ) -> tuple[np.ndarray, np.ndarray]:
         if rows.labels is None:
             raise DataError(f"{rows.path}: no label column {label_column!r}")
         index = index_by_name(self.labels)
@@ -111,7 +117,9 @@ class MultiLabel(Task):
         import torch
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        positive = None if self.positive_weights is None else torch.as_tensor(self.positive_weights, device=logits.device)
+        positive = (
+            None if self.positive_weights is None else torch.as_tensor(self.positive_weights, device=logits.device)
+        )
         cells = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none", pos_weight=positive)
         return (cells.mean(dim=-1) * weights).sum()
 

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.tasks.base import Metrics, Prediction, Task
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from regraft.engine.config import TaskConfig
+    from torch import Tensor
 
 
 class Regression(Task):
@@ -27,14 +25,18 @@ class Regression(Task):
     def __init__(self, *, metric: str = "pearson") -> None:
         self.metric = metric
         if metric not in self.metrics_known:
-            raise ConfigError(f"task.metric: {metric!r} is not a figure of a regression: {', '.join(self.metrics_known)}")
+            raise ConfigError(
+                f"task.metric: {metric!r} is not a figure of a regression: {', '.join(self.metrics_known)}"
+            )
 
     @classmethod
     def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> Regression:
         task = cls(metric=config.metric or "pearson")
         targets, _ = task.encode(train, label_column)
         if np.ptp(targets) == 0:
-            raise DataError(f"{train.path}: all {len(train)} rows have the value {targets[0]:g}; there is nothing to learn")
+            raise DataError(
+                f"{train.path}: all {len(train)} rows have the value {targets[0]:g}; there is nothing to learn"
+            )
         return task
 
     @classmethod
@@ -48,7 +50,9 @@ class Regression(Task):
     def outputs(self) -> int:
         return 1
 
-    def encode(self, rows: Rows, label_column: str | int = "label", unknown: str = "error") -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
+    ) -> tuple[np.ndarray, np.ndarray]:
         if rows.labels is None:
             raise DataError(f"{rows.path}: no label column {label_column!r}")
         targets = np.empty(len(rows), dtype=np.float32)

@@ -59,9 +59,7 @@ def load_best(run: _Run) -> None:
 
 
 def _evaluate(run: _Run, split: Split, task: Task) -> Evaluation:
-    return evaluate(
-        run.running, split.store, split.targets, task, accelerator=run.accelerator, keep_worst=WORST_SHOWN
-    )
+    return evaluate(run.running, split.store, split.targets, task, accelerator=run.accelerator, keep_worst=WORST_SHOWN)
 
 
 def worst_rows(evaluation: Evaluation, split: Split, task: Task) -> list[dict[str, Any]]:

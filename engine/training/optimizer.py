@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-
 from regraft.engine.config import TrainingConfig
+from torch import Tensor, nn
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
@@ -161,7 +160,6 @@ class _Run:
         import torch
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
-
         from regraft.engine.models import RunningModel
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
@@ -173,7 +171,9 @@ class _Run:
         self.accelerator = Accelerator(
             mixed_precision={"fp32": "no"}.get(self.precision, self.precision),
             log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(project_dir=str(self.folder), logging_dir=str(self.folder / "trackers")),
+            project_config=ProjectConfiguration(
+                project_dir=str(self.folder), logging_dir=str(self.folder / "trackers")
+            ),
             step_scheduler_with_optimizer=False,
         )
         torch.manual_seed(training.seed)  # a fresh head is drawn here

@@ -5,24 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
 from regraft.engine.config import RunConfig
+from regraft.engine.data.cache import cache_folder
+from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
 from regraft.engine.data.read import read_rows
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.split import split_dev
-from regraft.engine.data.tokens import FastTokenizer, TokenStore, cache_folder, load_fast_tokenizer, tokenize
+from regraft.engine.data.tokens import TokenStore, tokenize
 from regraft.engine.errors import ConfigError, DataError
-from regraft.engine.machine import available_threads, cpu_has_bf16
+from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.pretrained import resolve
 from regraft.engine.tasks import Task, build_task
+from regraft.engine.threads import available_threads
 
 if TYPE_CHECKING:
     import torch
-
     from regraft.engine.models import RunningModel
 
 
@@ -158,5 +158,3 @@ def freeze_backbone(running: RunningModel) -> None:
     head = head_names(running.model)
     for name, weight in running.model.named_parameters():
         weight.requires_grad_(name in head)
-
-

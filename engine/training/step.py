@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-
 from regraft.engine.batches import collate
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
@@ -20,7 +19,6 @@ from regraft.engine.training.order import share_by_tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
     from regraft.engine.data.tokens import TokenStore
 
 

@@ -6,15 +6,18 @@ mistake in packing or padding shows. `reference_logits` says the same in numpy, 
 
 from __future__ import annotations
 
+import atexit
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-
 from regraft.engine.bundle import BundleInfo, write_info
+from regraft.serve.session import Session
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 WIDTH = 16
 MAX_LENGTH = 24
@@ -196,3 +199,26 @@ def make_tokenizer() -> Tokenizer:
         special_tokens=[(name, VOCABULARY[name]) for name in ("[CLS]", "[SEP]")],
     )
     return tokenizer
+
+
+def bundle(layout: str = "packed", task: str = "classification", work: int = 0) -> Path:
+    """The folder of such a bundle, made once in a test run and not to be written to."""
+    folder = _home() / f"{layout}-{task}-{work}"
+    return folder if folder.exists() else make_bundle(folder, layout=layout, task=task, work=work)
+
+
+def session(layout: str = "packed", task: str = "classification", work: int = 0) -> Session:
+    """A loaded bundle, once in a test run."""
+    return _load(bundle(layout, task, work))
+
+
+@cache
+def _load(folder: Path) -> Session:
+    return Session(folder, threads=1)
+
+
+@cache
+def _home() -> Path:
+    home = tempfile.TemporaryDirectory(prefix="bundles-")
+    atexit.register(home.cleanup)
+    return Path(home.name)
