@@ -118,7 +118,7 @@ def test_a_regression_of_equal_values_can_be_carved():
 
 
 def test_a_value_that_is_no_number_is_named_by_row():
-    with pytest.raises(DataError, match="a.tsv:2.*'high'"):
+    with pytest.raises(DataError, match=r"a\.tsv:2.*'high'"):
         split_dev(rows_of(["a", "b"], ["1", "high"]), 0.5, 0, "regression")
 
 
