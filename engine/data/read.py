@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from regraft.engine.config import DataConfig
@@ -120,7 +120,8 @@ def _decoded(stream: IO[bytes] | IO[str], encoding: str) -> Iterator[str]:
     if isinstance(stream, io.TextIOBase):
         yield from without_mark(stream)
         return
-    for number, line in enumerate(stream, 1):
+    line: bytes
+    for number, line in enumerate(cast("IO[bytes]", stream), 1):
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError as error:
