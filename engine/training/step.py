@@ -18,9 +18,9 @@ from regraft.engine.training.optimizer import clipped_step, gradient_norm
 from regraft.engine.training.order import share_by_tokens
 
 if TYPE_CHECKING:
-    from regraft.kernels.embedding import RowGradient
     from accelerate import Accelerator
     from regraft.engine.data.tokens import TokenStore
+    from regraft.kernels.embedding import RowGradient
 
 
 @dataclass(frozen=True)
