@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
 from regraft.kernels.dropout import dropout
 from regraft.kernels.embedding import RowGradient, row_embedding
-from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from regraft.engine.errors import ModelError
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
-from torch import Tensor, nn
 
 ATTENTION = "regraft_packed"
 PROOF_TOLERANCE = 1e-4

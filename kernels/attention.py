@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from regraft.kernels.dropout import LEVELS, dropout, keep_mask, scale_of
 from torch import Tensor
+
+from regraft.kernels.dropout import LEVELS, dropout, keep_mask, scale_of
 
 # What one more group costs, in attention cells squared (b L^2): measured on two cores as about 0.1 ms.
 GROUP_COST = 6000

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor, nn
+
 from regraft.engine.config import TrainingConfig
 from regraft.kernels.embedding import RowGradient
-from torch import Tensor, nn
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

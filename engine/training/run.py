@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
@@ -160,6 +161,7 @@ class _Run:
         import torch
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
+
         from regraft.engine.models import RunningModel
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.config import RunConfig
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
@@ -23,6 +24,7 @@ from regraft.engine.threads import available_threads
 
 if TYPE_CHECKING:
     import torch
+
     from regraft.engine.models import RunningModel
 
 

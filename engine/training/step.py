@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from regraft.engine.batches import collate
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
@@ -19,6 +20,7 @@ from regraft.engine.training.order import share_by_tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
     from regraft.engine.data.tokens import TokenStore
     from regraft.kernels.embedding import RowGradient
 

@@ -13,16 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-<<<<<<< HEAD
-from regraft.serve.command import register
 from running import PATIENCE, Running, command, running_server
 
 from bundles import bundle
-=======
-from bundles import bundle
 from regraft.serve.command import register
-from running import PATIENCE, Running, command, running_server
->>>>>>> serve
 
 
 @pytest.fixture(scope="module")

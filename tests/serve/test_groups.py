@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.serve.groups import like_lengths

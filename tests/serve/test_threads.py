@@ -6,11 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-<<<<<<< HEAD
+
 from regraft.engine.threads import available_threads, cgroup_cpus
-=======
-from regraft.serve.threads import available_threads, cgroup_cpus
->>>>>>> serve
 
 
 def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
