@@ -51,15 +51,19 @@ def _embedding_forward(self: Any, ids: Tensor) -> Tensor:
     return torch.nn.functional.embedding(ids, self.weight)
 
 
-def bind_merged_projections(model: nn.Module) -> int:
+def bind_merged_projections(running: RunningModel) -> int:
     """Queries, keys and values of BERT-like attention in one matrix product instead of three; returns how many."""
-    count = 0
-    for module in model.modules():
-        parts = [getattr(module, name, None) for name in ("query", "key", "value")]
-        if all(type(p) is nn.Linear and p.bias is not None for p in parts) and hasattr(module, "attention_head_size"):
-            module.forward = _merged_attention_forward.__get__(module)  # type: ignore[method-assign]
-            count += 1
-    return count
+    found = [module for module in running.model.modules() if _splits_into_heads(module)]
+    for module in found:
+        module.forward = _merged_attention_forward.__get__(module)  # type: ignore[method-assign]
+    return len(found)
+
+
+def _splits_into_heads(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("query", "key", "value")]
+    plain = all(type(p) is nn.Linear and p.bias is not None for p in parts)
+    # ALBERT's module of the same look also holds the output projection.
+    return plain and hasattr(module, "attention_head_size") and not hasattr(module, "dense")
 
 
 def _merged_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:

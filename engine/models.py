@@ -182,7 +182,7 @@ class RunningModel(nn.Module):
         if self.packed:
             if self._first_rows_only:
                 bind_last_layer(self)
-            bind_merged_projections(self.model)
+            bind_merged_projections(self)
 
     def _install(self) -> None:
         for module in self.model.modules():
