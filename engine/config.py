@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from regraft.engine.errors import ConfigError, nearest
 
 Rule = Literal["error", "drop"]

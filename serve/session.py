@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.bundle import BundleInfo, read_info
 from regraft.engine.errors import BundleError
+from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.tasks import Prediction, Task, task_from_spec
 from regraft.engine.threads import available_threads
 from regraft.serve.groups import like_lengths
-from regraft.serve.inputs import graph_inputs
 from regraft.serve.tokens import Encoded, TextEncoder
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.rows import Rows
 from regraft.engine.tasks.labels import name_of
 

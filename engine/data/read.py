@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
+
 from regraft.engine.config import DataConfig
 from regraft.engine.data.cells import Cells, Table, json_cells, open_cells, parse_json_line
 from regraft.engine.data.gaps import TextRow, fill_or_drop

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.cache import write_whole
 
 log = logging.getLogger(__name__)

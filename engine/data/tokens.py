@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers, load_fast_tokenizer
 from regraft.engine.data.rows import Rows

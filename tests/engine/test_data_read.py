@@ -6,6 +6,7 @@ import json
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+
 from regraft.engine.config import ColumnsConfig, DataConfig
 from regraft.engine.data.read import read_file, read_rows
 from regraft.engine.errors import DataError

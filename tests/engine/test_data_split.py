@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.split import split_dev
 from regraft.engine.errors import DataError

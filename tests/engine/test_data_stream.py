@@ -6,6 +6,7 @@ import json
 import tracemalloc
 
 import pytest
+
 from regraft.engine.config import ColumnsConfig, DataConfig
 from regraft.engine.data.read import iter_texts
 from regraft.engine.errors import DataError

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.tokens import (
