@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from regraft.engine.config import ColumnsConfig, DataConfig
 from regraft.engine.data.read import iter_texts, read_rows
 from regraft.engine.errors import DataError

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from regraft.engine.config import ColumnsConfig, DataConfig
 from regraft.engine.data.read import iter_texts, read_file
 from regraft.engine.data.split import split_dev

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 import yaml
 from pyarrow import parquet
+
 from regraft.engine.cli import main
 from regraft.engine.config import load_config
 from regraft.engine.data.read import read_rows
