@@ -133,7 +133,7 @@ def _separator(values: list[Any]) -> str | None:
         parts = Counter(part.strip() for c in cells for part in c.split(separator))
         # Parts that come again in other combinations are labels; parts of one sentence are not.
         again = sum(n for n in parts.values() if n > 1)
-        if again > 0.9 * sum(parts.values()) and len(parts) < len(set(cells)):
+        if again > 0.9 * sum(parts.values()) and len(parts) <= len(set(cells)):
             return separator
     return None
 

@@ -158,7 +158,7 @@ def _kept_slices(sequence: list[int | None], max_length: int, side: str) -> list
     The tokenizer's own truncation gives the same, but makes an encoding of every combination of what it cut.
     """
     sizes = [sequence.count(0), sequence.count(1)]
-    kept = _longest_first(*sizes, max_length - (len(sequence) - sum(sizes)))
+    kept = _longest_first(sizes[0], sizes[1], max_length - (len(sequence) - sum(sizes)))
     pieces, end = [], 0
     for text, (size, keep) in enumerate(zip(sizes, kept, strict=True)):
         if keep < size:

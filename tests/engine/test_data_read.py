@@ -82,7 +82,7 @@ def test_records_over_several_lines_keep_the_line_they_start_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"], ids=lambda c: hex(ord(c))
+    "separator", ["\r", "\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"], ids=lambda c: hex(ord(c))
 )
 def test_only_newlines_end_a_line(tmp_path, separator):
     text = f"one{separator}row"
@@ -179,6 +179,12 @@ def test_nulls_and_not_a_number_in_parquet_are_missing(tmp_path):
     assert "a.parquet:2, column 'text'" in fault_of(path)
     rows = rows_of(path, missing="drop", task_type="regression")
     assert rows.texts == ["a"] and rows.dropped == {"missing": 2} and rows.lines.tolist() == [1]
+
+
+def test_a_text_column_of_numbers_counts_not_a_number_as_missing(tmp_path):
+    parquet.write_table(pa.table({"text": [1.5, float("nan")], "label": ["x", "y"]}), tmp_path / "a.parquet")
+    rows = rows_of(tmp_path / "a.parquet", missing="drop")
+    assert rows.texts == ["1.5"] and rows.dropped == {"missing": 1}
 
 
 def test_blank_texts_are_an_error_dropped_or_kept(tmp_path):

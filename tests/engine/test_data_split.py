@@ -42,6 +42,11 @@ def test_a_class_with_two_rows_is_on_both_sides_and_one_with_a_single_row_in_tra
     assert "single" in train.labels and "single" not in dev.labels
 
 
+def test_even_the_largest_fraction_leaves_every_class_in_train():
+    train, dev = split_dev(some_rows({"a": 20, "b": 2, "c": 3}), 0.95, 0, "classification")
+    assert set(train.labels) == set(dev.labels) == {"a", "b", "c"}
+
+
 def test_one_label_written_in_two_ways_is_one_class():
     rows = rows_of([f"text {i}" for i in range(4)], ["1", 1, 1.0, " 1"])
     assert len(split_dev(rows, 0.25, 0, "classification")[1]) == 1

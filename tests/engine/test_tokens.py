@@ -210,6 +210,8 @@ def test_changing_anything_that_changes_tokens_misses_the_cache(tmp_path, fast):
         (rows_of(["some text", "more texts"]), fast, 8),
         (rows_of(["some textmore", " text"]), fast, 8),
         (rows_of(["some text\0more text"]), fast, 8),
+        (rows_of(["x\0y", "z"]), fast, 8),
+        (rows_of(["x", "y\0z"]), fast, 8),
         (rows_of(["some text"]), fast, 8),
         (rows_of(texts, pairs), fast, 8),
         (rows_of(texts, ["onet", "wo"]), fast, 8),
