@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from regraft.engine.errors import ConfigError, nearest
 
 Rule = Literal["error", "drop"]
+# YAML reads a bare `off` as false.
+AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = str | int
 
@@ -32,10 +34,8 @@ class ModelConfig(Section):
     max_length: int | None = Field(
         None, ge=3, description="tokens kept of a text or pair; null: what the model takes, at most 512"
     )
-    packing: Literal["auto", "off"] = Field(
-        "auto", description="run without pad tokens where the model is proven to allow it"
-    )
-    kernels: Literal["auto", "off"] = Field("auto", description="off: plain transformers modules, for comparison")
+    packing: AutoOrOff = Field("auto", description="run without pad tokens where the model is proven to allow it")
+    kernels: AutoOrOff = Field("auto", description="off: plain transformers modules, for comparison")
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 

@@ -15,7 +15,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))
-WORDS = "good bad fine film plot slow sharp dull warm cold joke actor scene music long short story ending very not".split()
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "film",
+    "plot",
+    "slow",
+    "sharp",
+    "dull",
+    "warm",
+    "cold",
+    "joke",
+    "actor",
+    "scene",
+    "music",
+    "long",
+    "short",
+    "story",
+    "ending",
+    "very",
+    "not",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +78,9 @@ def sentences(count: int, seed: int) -> list[tuple[str, str]]:
     rows = []
     for _ in range(count):
         words = draw.choices(WORDS, k=draw.randint(2, 14))
-        score = sum(w in {"good", "fine", "sharp", "warm"} for w in words) - sum(w in {"bad", "dull", "cold", "slow"} for w in words)
+        score = sum(w in {"good", "fine", "sharp", "warm"} for w in words) - sum(
+            w in {"bad", "dull", "cold", "slow"} for w in words
+        )
         rows.append((" ".join(words), "pos" if score >= 0 else "neg"))
     return rows
 

@@ -52,7 +52,8 @@ def save_checkpoint(
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
         if averaged:
             state["averaged"] = averaged.shadow
-        torch.save(state, beside / "optimizer.pt")
+        with (beside / "optimizer.pt").open("wb") as file:  # a file of ours: its errors keep their errno
+            torch.save(state, file)
         (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     for old in sorted(folder.glob("step-*"))[:-1]:
         shutil.rmtree(old, ignore_errors=True)

@@ -64,13 +64,24 @@ def train(
     run = _Run(config, folder, started, on_step, quiet)
     try:
         return run.go()
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TrainingError(
-                f"{folder}: the disk is full ({error.strerror}). Everything saved before is intact; free some space and "
-                "start the same command again to go on"
-            ) from None
-        raise
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise TrainingError(
+            f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
+            "again to go on"
+        ) from error
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether a write failed for want of space; libraries wrap the system's error in their own or only quote it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(sign in str(error) for sign in ("No space left", "Disk quota exceeded", "os error 28")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult | None:

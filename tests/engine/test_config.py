@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from regraft.engine.config import config_hash, load_config
 from regraft.engine.errors import ConfigError
 

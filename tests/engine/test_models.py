@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForSequenceClassification
+
 from regraft.engine.models import RunningModel
 from regraft.engine.packing import PackedBatch, pack
-from transformers import AutoModelForSequenceClassification
 
 SIZES = {
     "hidden_size": 32,
@@ -18,7 +19,15 @@ SIZES = {
     "max_position_embeddings": 64,
     "num_labels": 3,
 }
-DISTIL = {"dim": 32, "n_layers": 3, "n_heads": 4, "hidden_dim": 48, "vocab_size": 200, "max_position_embeddings": 64, "num_labels": 3}
+DISTIL = {
+    "dim": 32,
+    "n_layers": 3,
+    "n_heads": 4,
+    "hidden_dim": 48,
+    "vocab_size": 200,
+    "max_position_embeddings": 64,
+    "num_labels": 3,
+}
 WINDOWED = SIZES | {
     "max_position_embeddings": 300,
     "local_attention": 16,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics as sk
+
 from regraft.engine.config import TaskConfig
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.tasks import Classification, MultiLabel, Regression, build_task, task_from_spec
-from sklearn import metrics as sk
 
 
 def rows(labels, split="train"):
@@ -42,8 +43,12 @@ def test_multilabel_figures_and_tuned_thresholds():
     metrics.update(logits[150:], targets[150:])
     probabilities = 1 / (1 + np.exp(-logits.astype(np.float64)))
     found = metrics.compute()
-    assert found["micro_f1"] == pytest.approx(sk.f1_score(targets, probabilities >= 0.5, average="micro", zero_division=0))
-    assert found["macro_f1"] == pytest.approx(sk.f1_score(targets, probabilities >= 0.5, average="macro", zero_division=0))
+    assert found["micro_f1"] == pytest.approx(
+        sk.f1_score(targets, probabilities >= 0.5, average="micro", zero_division=0)
+    )
+    assert found["macro_f1"] == pytest.approx(
+        sk.f1_score(targets, probabilities >= 0.5, average="macro", zero_division=0)
+    )
     tuned = metrics.tuned_thresholds()
     for c in range(3):
         at = lambda t, c=c: sk.f1_score(targets[:, c], probabilities[:, c] >= t, zero_division=0)  # noqa: E731
@@ -89,7 +94,9 @@ def test_balanced_weights_make_every_class_weigh_the_same():
 
 
 def test_labels_keep_one_order_however_the_rows_come():
-    assert build_task(TaskConfig(), rows(["b", "a", "c"])).labels == build_task(TaskConfig(), rows(["c", "b", "a"])).labels
+    assert (
+        build_task(TaskConfig(), rows(["b", "a", "c"])).labels == build_task(TaskConfig(), rows(["c", "b", "a"])).labels
+    )
     assert build_task(TaskConfig(), rows(["10", "9", "1"])).labels == ("1", "9", "10")
     assert build_task(TaskConfig(), rows([1.0, 0, "1"])).labels == ("0", "1")
 

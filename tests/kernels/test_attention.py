@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from regraft.kernels.attention import first_row_attention, packed_attention, plan_groups, plan_layout
 from regraft.kernels.dropout import scale_of
-from torch import Tensor
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None) -> Tensor:
@@ -34,9 +35,7 @@ LENGTHS = [[1], [5, 5, 5], [97, 1, 13, 13, 40], [3, 1025, 2]]
 def test_every_token_attends_to_its_own_sequence_alone(lengths, group_cost, window):
     torch.manual_seed(torch.seed() % 2**31)
     q, k, v = (torch.randn(sum(lengths), 3, 8, dtype=torch.float64) for _ in range(3))
-    found = packed_attention(
-        q.float(), k.float(), v.float(), layout_of(lengths, group_cost), scale=0.4, window=window
-    )
+    found = packed_attention(q.float(), k.float(), v.float(), layout_of(lengths, group_cost), scale=0.4, window=window)
     expected = reference(q, k, v, lengths, 0.4, window)
     plain = reference(q.float(), k.float(), v.float(), lengths, 0.4, window)
     allowed = 2 * (plain.double() - expected).abs().max() + 1e-7
@@ -112,7 +111,5 @@ def test_groups_are_the_cheapest_partition():
 
     cuts = range(1, len(lengths))
     every = [c for n in range(len(lengths)) for c in combinations(cuts, n)]
-    best = min(
-        cost([list(range(a, b)) for a, b in zip((0, *c), (*c, len(lengths)), strict=True)]) for c in every
-    )
+    best = min(cost([list(range(a, b)) for a, b in zip((0, *c), (*c, len(lengths)), strict=True)]) for c in every)
     assert cost(plan_groups(lengths, 50)) == best

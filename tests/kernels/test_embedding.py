@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from regraft.kernels.embedding import RowGradient, row_embedding
 
 

@@ -1,0 +1,170 @@
+"""What a run leaves: a Hugging Face folder, a bundle that answers alike, predictions in every format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import regraft
+
+from regraft.engine.bundle import read_info
+from regraft.engine.config import load_config
+from regraft.engine.errors import BundleError, ExportError
+from regraft.engine.export import check_parity, export_bundle, graph_runner, open_graph
+from regraft.engine.predict import predict
+from regraft.engine.trained import load_trained
+from regraft.engine.training.run import train
+
+TEXTS = ["good film", "bad slow dull plot and a very long story " * 9, "x", "warm music, short scene"]
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory, tiny_model) -> Path:
+    from conftest import sentences
+
+    folder = tmp_path_factory.mktemp("trained")
+    for name, count in (("train", 128), ("dev", 60)):
+        rows = "".join(f"{t},{label}\n" for t, label in sentences(count, count))
+        (folder / f"{name}.csv").write_text("text,label\n" + rows)
+    config = {
+        "run": str(folder / "run"),
+        "model": {"name": str(tiny_model)},
+        "data": {"train": str(folder / "train.csv"), "dev": str(folder / "dev.csv")},
+        "training": {"epochs": 3, "learning_rate": 3e-3, "precision": "fp32"},
+    }
+    (folder / "run.yaml").write_text(json.dumps(config))
+    train(load_config(folder / "run.yaml"), quiet=True)
+    return folder / "run"
+
+
+def test_the_best_folder_loads_in_plain_transformers_with_the_same_logits(trained_run):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(trained_run / "best")
+    model = AutoModelForSequenceClassification.from_pretrained(trained_run / "best").eval()
+    inputs = tokenizer(TEXTS, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        plain = model(**inputs).logits.softmax(-1).double().numpy()
+    trained = load_trained(trained_run)
+    answers = list(predict(trained, [(t, None) for t in TEXTS]))
+    ours = np.array([[a.prediction.scores[name] for name in trained.task.labels] for a in answers])
+    assert np.abs(plain - ours).max() < 1e-5
+    assert model.config.id2label == {0: "neg", 1: "pos"}
+    assert model.config.problem_type == "single_label_classification"
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_bundle_answers_like_the_model_alone_and_together(trained_run, tmp_path, layout):
+    from regraft.serve.session import Session
+
+    told = export_bundle(trained_run, tmp_path / "b", layout=layout)
+    assert "accuracy" in told
+    info = read_info(tmp_path / "b")
+    assert info.parity["largest_error"] < 1e-4
+    assert info.quality["graph"] == pytest.approx(info.quality["model"], abs=0.02)
+    expected = list(predict(load_trained(trained_run), [(t, None) for t in TEXTS]))
+    session = Session(tmp_path / "b")
+    for group in (TEXTS, *[[t] for t in TEXTS]):
+        encoded = session.tokenize(group, None)
+        found = session.decode(session.run(encoded))
+        for text, answer, item in zip(group, found, encoded, strict=True):
+            wanted = expected[TEXTS.index(text)]
+            assert answer.label == wanted.prediction.label
+            assert answer.scores == pytest.approx(wanted.prediction.scores, abs=1e-4)
+            assert item.truncated == wanted.cut_tokens
+
+
+def test_int8_is_measured_and_refused_when_it_costs_too_much(trained_run, tmp_path):
+    export_bundle(trained_run, tmp_path / "b", int8=True, max_loss=2.0)
+    info = read_info(tmp_path / "b")
+    assert info.precision == "int8"
+    assert info.quality["loss_points"] <= 2.0
+    with pytest.raises(ExportError, match=r"int8 costs more than -50.0 points.*Tried all layers"):
+        export_bundle(trained_run, tmp_path / "c", int8=True, max_loss=-50.0)
+    assert not (tmp_path / "c").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_graph_that_differs_is_refused_with_the_figures(trained_run, tmp_path):
+    import onnx
+
+    from regraft.engine.export import grid_logits
+
+    export_bundle(trained_run, tmp_path / "b")
+    path = tmp_path / "b" / "model.onnx"
+    info = read_info(tmp_path / "b")
+    expected = grid_logits(load_trained(trained_run))
+    check_parity(graph_runner(open_graph(path), info), expected)
+    model = onnx.load(path)
+    bias = next(t for t in model.graph.initializer if t.name.endswith("classifier.bias"))
+    values = onnx.numpy_helper.to_array(bias) + np.float32(0.01)
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, bias.name))
+    onnx.save(model, path)
+    with pytest.raises(ExportError, match=r"differ from the model's by .* \(allowed 1e-04\), worst for"):
+        check_parity(graph_runner(open_graph(path), info), expected)
+
+
+def test_a_bundle_that_was_changed_or_is_not_one_is_refused(trained_run, tmp_path):
+    export_bundle(trained_run, tmp_path / "b")
+    with pytest.raises(ExportError, match="already there"):
+        export_bundle(trained_run, tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: changed since it was exported"):
+        read_info(tmp_path / "b")
+    (tmp_path / "b" / "model.onnx").unlink()
+    with pytest.raises(BundleError, match=r"model\.onnx: missing"):
+        read_info(tmp_path / "b")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ExportError, match="not a bundle"):
+        export_bundle(trained_run, tmp_path / "other", force=True)
+
+
+def test_export_without_the_runs_rows_says_so_and_int8_is_refused(trained_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained_run / "best", copy)
+    facts = json.loads((copy / "regraft.json").read_text())
+    facts["data"]["train"] = facts["data"]["dev"] = str(tmp_path / "gone.csv")
+    (copy / "regraft.json").write_text(json.dumps(facts))
+    assert "rows are gone" in export_bundle(copy, tmp_path / "b")
+    with pytest.raises(ExportError, match="--data FILE"):
+        export_bundle(copy, tmp_path / "c", int8=True)
+    dev = trained_run.parent / "dev.csv"
+    assert "60 rows" in export_bundle(copy, tmp_path / "c", int8=True, max_loss=3.0, data_file=str(dev))
+
+
+def test_threads_of_the_graph_are_this_processs_share(trained_run, tmp_path):
+    from regraft.engine.threads import available_threads
+
+    export_bundle(trained_run, tmp_path / "b")
+    options: ort.SessionOptions = open_graph(tmp_path / "b" / "model.onnx").get_session_options()
+    assert options.intra_op_num_threads == available_threads()
+
+
+def test_predict_streams_in_every_format(trained_run, tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    out = regraft("predict", trained_run, "--file", tmp_path / "in.jsonl", "--format", "jsonl").stdout
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert [a["text"] for a in answers] == TEXTS
+    assert answers[1]["cut_tokens"] > 0
+    assert all(sum(a["scores"].values()) == pytest.approx(1, abs=1e-4) for a in answers)
+    piped = regraft("predict", trained_run, "--format", "csv", "--top-k", "1", input="\n".join(TEXTS) + "\n").stdout
+    table = list(csv.DictReader(io.StringIO(piped)))
+    assert [r["label"] for r in table] == [a["label"] for a in answers]
+    assert float(table[0]["score_1"]) == pytest.approx(max(answers[0]["scores"].values()), abs=1e-5)
+    shown = regraft("predict", trained_run, "good film", "--format", "table").stdout
+    assert answers[0]["label"] in shown
+
+
+def test_evaluate_gives_the_figures_of_the_run(trained_run):
+    done = regraft("evaluate", trained_run, "--format", "json")
+    found = json.loads(done.stdout)
+    expected = json.loads((trained_run / "run.json").read_text())["result"]["metrics"]["dev"]
+    assert found["metrics"] == pytest.approx(expected, abs=1e-6)
+    assert found["rows"] == 60

@@ -1,0 +1,166 @@
+"""Whatever is wrong: one clear message, a non-zero exit, an intact run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import regraft
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The one message of a training run that ends with exit code 2."""
+    sets = [part for o in overrides for part in ("--set", o)]
+    done = regraft("train", path, "--quiet", *sets)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert "Traceback" not in done.stderr
+    messages = [line for line in done.stderr.splitlines() if line.startswith("regraft: ")]
+    assert len(messages) == 1
+    return done.stderr
+
+
+def test_a_missing_file_is_named_with_its_neighbour(make_config, tmp_path):
+    message = refused(make_config(), f"data.train={tmp_path / 'trian.csv'}")
+    assert "trian.csv" in message
+    assert "train.csv" in message
+
+
+def test_an_unreadable_row_is_named_by_file_and_line(make_config, tmp_path):
+    (tmp_path / "bad.csv").write_text("text,label\ngood,pos\nfine,neg,extra\n")
+    assert "bad.csv:3" in refused(make_config(), f"data.train={tmp_path / 'bad.csv'}")
+
+
+def test_bytes_that_are_not_text_are_named_by_line(make_config, tmp_path):
+    (tmp_path / "bad.csv").write_bytes(b"text,label\ngood,pos\ncaf\xe9,neg\n")
+    message = refused(make_config(), f"data.train={tmp_path / 'bad.csv'}")
+    assert "bad.csv:3" in message
+    assert "latin-1" in message or "cp1252" in message
+
+
+def test_a_dev_label_that_training_never_had_is_named_by_row(make_config, tmp_path):
+    (tmp_path / "dev.csv").write_text("text,label\ngood,pos\nfine,poss\n")
+    path = make_config()
+    (tmp_path / "dev.csv").write_text("text,label\ngood,pos\nfine,poss\n")
+    message = refused(path)
+    assert "dev.csv:3" in message
+    assert "'poss'" in message
+    assert "did you mean 'pos'" in message
+
+
+def test_rows_of_one_class_are_refused(make_config, tmp_path):
+    (tmp_path / "one.csv").write_text("text,label\ngood,pos\nfine,pos\nwarm,pos\n")
+    assert "at least two classes" in refused(make_config(), f"data.train={tmp_path / 'one.csv'}")
+
+
+@pytest.mark.parametrize("content", ["", "text,label\n"])
+def test_an_empty_data_set_is_refused(make_config, tmp_path, content):
+    (tmp_path / "none.csv").write_text(content)
+    assert "none.csv" in refused(make_config(), f"data.train={tmp_path / 'none.csv'}")
+
+
+def test_a_length_beyond_the_model_is_refused_and_long_texts_are_counted(make_config, tmp_path):
+    path = make_config()
+    assert "takes at most 64 tokens" in refused(path, "model.max_length=100")
+    (tmp_path / "long.csv").write_text(
+        "text,label\n" + "".join(f"{'good ' * 90},{'pos' if i % 2 else 'neg'}\n" for i in range(8))
+    )
+    done = regraft("train", path, "--set", f"data.train={tmp_path / 'long.csv'}", "--set", "training.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert "8 cut to 64 tokens (224 tokens lost)" in done.stderr
+
+
+def test_a_model_folder_without_tokenizer_is_refused(make_config, tmp_path, tiny_model):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, bare / name)
+    message = refused(make_config(), f"model.name={bare}")
+    assert "no tokenizer" in message
+    assert "tokenizer.json" in message
+
+
+def test_a_model_folder_that_is_none_is_refused(make_config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "config.json is missing" in refused(make_config(), f"model.name={tmp_path / 'empty'}")
+    assert "no such folder" in refused(make_config(), f"model.name={tmp_path / 'nowhere'}")
+    assert "no installed package 'nothing_here'" in refused(make_config(), "model.name=package:nothing_here/model")
+
+
+def test_a_hub_name_without_a_network_is_refused_in_one_line(make_config):
+    message = refused(make_config(), "model.name=somebody/some-model")
+    assert "somebody/some-model" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(make_config, tmp_path):
+    message = refused(
+        make_config(),
+        "training.learning_rate=1e30",
+        "training.max_grad_norm=null",
+        "training.max_bad_steps=3",
+        "training.warmup=0",
+    )
+    assert "3 times in a row" in message
+    assert "train.csv:" in message
+    folder = tmp_path / "run"
+    assert json.loads((folder / "run.json").read_text())["finished"] is False
+    assert [json.loads(x)["kind"] for x in (folder / "metrics.jsonl").read_text().splitlines()].count("skipped") == 3
+
+
+def test_fp16_without_a_gpu_is_refused(make_config):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU, where fp16 runs")
+    assert "fp16 needs a GPU" in refused(make_config(), "training.precision=fp16")
+
+
+def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(make_config, tmp_path):
+    """A real full disk: a small file system of its own, filled up under the run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        path = make_config()
+        (disk / "fill").write_bytes(b"0" * 900_000)
+        message = refused(path, f"run={disk / 'run'}")
+        assert "the disk is full" in message
+        assert not list((disk / "run").rglob("*.tmp"))
+        (disk / "fill").unlink()
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        done = regraft("train", path, "--quiet", "--set", f"run={disk / 'run'}")
+        assert done.returncode == 0, done.stderr
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_predict_and_evaluate_refuse_what_is_no_model(tmp_path):
+    for command in (
+        ["predict", tmp_path / "no", "text"],
+        ["evaluate", tmp_path],
+        ["export", tmp_path, "--to", tmp_path / "b"],
+    ):
+        done = regraft(*command)
+        assert done.returncode == 2
+        assert done.stderr.startswith("regraft: ")
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+def test_help_answers_without_importing_anything_heavy():
+    code = (
+        "import sys; sys.argv = ['regraft', '--help']\n"
+        "from regraft.engine.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'onnxruntime', 'pydantic', 'numpy', 'fastapi'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("init", "train", "evaluate", "predict", "export", "serve"):
+        assert command in done.stdout
