@@ -99,12 +99,17 @@ def main() -> None:
     publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
 
 
+def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a model is trained; its figures are kept beside it as .json. Other settings give another place."""
+    what = {**asdict(RECIPES[name]), "precision": options.precision, "rows": QUICK_ROWS if options.quick else None}
+    fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    return WORK / "quality" / f"{name}-{who}-{seed}-{fingerprint}"
+
+
 def measured(name: str, who: str, seed: int, options: argparse.Namespace) -> Run:
     """A trained and scored model: out of the work file, or made now."""
     recipe = RECIPES[name]
-    what = {**asdict(recipe), "precision": options.precision, "rows": QUICK_ROWS if options.quick else None}
-    fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    folder = WORK / "quality" / f"{name}-{who}-{seed}-{fingerprint}"
+    folder = work_folder(name, who, seed, options)
     kept = folder.with_suffix(".json")
     if options.restart:
         shutil.rmtree(folder, ignore_errors=True)
