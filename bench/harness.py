@@ -74,7 +74,8 @@ class Claim:
 
 
 def arguments(doc: str | None, *, rounds: int | None) -> argparse.ArgumentParser:
-    """The options that every measurement has."""
+    """The options that every measurement has. A measurement that is told to end takes its turn's processes along."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="tiny, to see that it runs; writes no result without --out"

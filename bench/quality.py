@@ -142,6 +142,8 @@ def regraft(
         task["thresholds"] = recipe.thresholds
     data = sources.data_section(name, limit=QUICK_ROWS if options.quick else None)
     data.pop("test", None)  # scored from outside, once
+    if options.quick:
+        data.pop("dev", None)  # thousands of rows in some: a tenth of the few training rows instead
     config = {
         "run": str(folder / "run"),
         "model": {"name": str(encoder_folder()), "max_length": recipe.max_length},

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def script(folder: Path, text: str) -> str:
     return str(path)
 
 
+def gone(pid: int) -> bool:
+    """Ended; perhaps not yet reaped by whoever adopted it."""
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+    ends = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < ends, "waited in vain"
+        time.sleep(0.02)
+
+
 def test_a_turn_is_a_fresh_process_and_its_last_line_is_the_result(tmp_path: Path) -> None:
     text = (
         "import json, os, sys\nprint('noise')\n"
@@ -125,12 +139,24 @@ def test_a_turn_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
     )
     with pytest.raises(harness.TurnFailed, match="still running after 3 s"):
         harness.turn(sys.executable, script(tmp_path, text), {}, threads=1, timeout=3)
-    child = Path(f"/proc/{pid.read_text()}/stat")
-    for _ in range(100):  # until it is gone, or waits to be reaped by whoever adopted it
-        if not child.exists() or child.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.05)
-    pytest.fail("the child outlived its turn")
+    wait_for(lambda: gone(int(pid.read_text())))
+
+
+def test_a_measurement_that_is_told_to_end_takes_its_turn_along(tmp_path: Path) -> None:
+    pid = tmp_path / "turn"
+    inner = script(tmp_path, f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCH)!r})\nimport harness\n"
+        f"harness.arguments('x', rounds=1)\nharness.turn(sys.executable, {inner!r}, {{}}, threads=1)"
+    )
+    measurement = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        wait_for(lambda: pid.exists() and pid.read_text() != "")
+        measurement.terminate()
+        assert measurement.wait(20) == 143
+        wait_for(lambda: gone(int(pid.read_text())))
+    finally:
+        measurement.kill()
 
 
 def test_a_peer_does_not_see_our_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
