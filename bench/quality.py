@@ -60,7 +60,7 @@ class Recipe:
 RECIPES = {
     "sst2": Recipe("accuracy", "dev", 5e-5, 3, at_least=90.5, peer=True),
     "banking77": Recipe("accuracy", "test", 1e-4, 15, dev_fraction=0.05, at_least=92.0),
-    "stsb": Recipe("pearson", "dev", 5e-5, 6, at_least=87.0),
+    "stsb": Recipe("pearson", "dev", 1e-4, 8, at_least=87.0),
     "cola": Recipe("matthews", "dev", 5e-5, 6),
     "rte": Recipe("accuracy", "dev", 5e-5, 10, max_length=256),
     "trec6": Recipe("accuracy", "test", 5e-5, 8, dev_fraction=0.05),
@@ -101,7 +101,12 @@ def main() -> None:
 
 def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> Path:
     """Where a model is trained; its figures are kept beside it as .json. Other settings give another place."""
-    what = {**asdict(RECIPES[name]), "precision": options.precision, "rows": QUICK_ROWS if options.quick else None}
+    what = {
+        **asdict(RECIPES[name]),
+        "shared": [WEIGHT_DECAY, WARMUP],
+        "precision": options.precision,
+        "rows": QUICK_ROWS if options.quick else None,
+    }
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return WORK / "quality" / f"{name}-{who}-{seed}-{fingerprint}"
 
