@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from regraft.engine.errors import ConfigError, nearest
 
 Rule = Literal["error", "drop"]
@@ -309,6 +310,8 @@ def _explain(error: Any, source: str, lines: dict[tuple, int], values: dict[str,
         return f"{place}: {key + '.' if key else ''}{message}"
     message = error["msg"][0].lower() + error["msg"][1:].replace("Input should", "should")
     message = message.replace("input should", "should")
+    if isinstance(error["input"], bool) and "string" in message:
+        message += " (YAML reads yes, no, on and off as true and false: put them in quotes)"
     return f"{place}: {key}: {message}, found {error['input']!r}"
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from regraft.engine.batches import by_length, collate
 from regraft.engine.models import RunningModel
 from regraft.engine.tasks import Task
@@ -17,6 +18,7 @@ from regraft.engine.tasks.base import Metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
     from regraft.engine.data.tokens import TokenStore
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.batches import by_length, collate
 from regraft.engine.bundle import BundleInfo, write_info
 from regraft.engine.errors import DataError, ExportError
@@ -23,6 +24,7 @@ from regraft.engine.trained import Trained, load_trained
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
     from regraft.engine.data.tokens import TokenStore
 
 PARITY_TOLERANCE = 1e-4
@@ -57,6 +59,7 @@ def export_bundle(
     from the model, int8 costs more than that, or `to` exists and `force` is off.
     """
     import torch
+
     from regraft.engine.graphs import write_graph
 
     to = Path(to)
@@ -128,6 +131,7 @@ def grid(vocabulary: int, longest: int) -> list[list[np.ndarray]]:
 def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
     """The torch model's logits for every batch of the grid."""
     import torch
+
     from regraft.engine.packing import pack
 
     running = trained.running

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from regraft.kernels.dropout import dropout
 from torch import Tensor, nn
+
+from regraft.kernels.dropout import dropout
+from regraft.kernels.embedding import RowGradient, row_embedding
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
@@ -26,6 +28,52 @@ def bind_dropout(model: nn.Module) -> int:
 
 def _dropout_forward(self: nn.Dropout, x: Tensor) -> Tensor:
     return dropout(x, self.p, self.training)
+
+
+def bind_embedding(model: nn.Module) -> RowGradient | None:
+    """Let the word embedding's gradient touch only the rows that were read; None where it is not a plain embedding, or
+    shares its weight with another module."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if type(embedding) is not nn.Embedding or not embedding.weight.requires_grad:
+        return None
+    owners = [m for m in model.modules() for w in vars(m).get("_parameters", {}).values() if w is embedding.weight]
+    if len(owners) > 1 or embedding.max_norm is not None or embedding.scale_grad_by_freq:
+        return None
+    gradient = RowGradient(embedding.weight, embedding.padding_idx)
+    embedding.regraft_gradient = gradient  # type: ignore[assignment]
+    embedding.forward = _embedding_forward.__get__(embedding)  # type: ignore[method-assign]
+    return gradient
+
+
+def _embedding_forward(self: Any, ids: Tensor) -> Tensor:
+    if self.training and torch.is_grad_enabled():
+        return row_embedding(ids, self.regraft_gradient)
+    return torch.nn.functional.embedding(ids, self.weight)
+
+
+def bind_merged_projections(running: RunningModel) -> int:
+    """Queries, keys and values of BERT-like attention in one matrix product instead of three; returns how many."""
+    found = [module for module in running.model.modules() if _splits_into_heads(module)]
+    for module in found:
+        module.forward = _merged_attention_forward.__get__(module)  # type: ignore[method-assign]
+    return len(found)
+
+
+def _splits_into_heads(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("query", "key", "value")]
+    plain = all(type(p) is nn.Linear and p.bias is not None for p in parts)
+    # ALBERT's module of the same look also holds the output projection.
+    return plain and hasattr(module, "attention_head_size") and not hasattr(module, "dense")
+
+
+def _merged_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+    bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+    merged = torch.nn.functional.linear(hidden_states[0], weight, bias)
+    q, k, v = merged.view(merged.shape[0], 3, self.num_attention_heads, self.attention_head_size).unbind(1)
+    p = self.dropout.p if self.training else 0.0
+    out = self.regraft_state.layout.attend(q, k, v, scale=self.scaling, dropout_p=p, window=None)
+    return out.reshape(1, hidden_states.shape[1], -1), None
 
 
 def bind_last_layer(running: RunningModel) -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.models import RunningModel
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.read import read_file, read_rows
 from regraft.engine.data.rows import Rows

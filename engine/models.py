@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from regraft.engine.errors import ModelError
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
-from torch import Tensor, nn
 
 ATTENTION = "regraft_packed"
 PROOF_TOLERANCE = 1e-4
@@ -89,6 +90,7 @@ class RunningModel(nn.Module):
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(model.forward).parameters)
         self._handles: list[Any] = []
+        self._first_rows_only = False
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
 
     @property
@@ -172,13 +174,15 @@ class RunningModel(nn.Module):
         )
 
     def use_kernels(self) -> None:
-        """Bind the fast versions of dropout and of the last layer on this model's instances; parameters stay."""
-        from regraft.engine.fast import bind_dropout, bind_last_layer
+        """Bind the fast forwards on this model's instances; parameters stay. What changes a logit is taken back."""
+        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
 
         if next(self.model.parameters()).device.type == "cpu":
             bind_dropout(self.model)
-        if self.packed and self._handles:
-            bind_last_layer(self)
+        if self.packed:
+            if self._first_rows_only:
+                bind_last_layer(self)
+            bind_merged_projections(self)
 
     def _install(self) -> None:
         for module in self.model.modules():
@@ -186,6 +190,7 @@ class RunningModel(nn.Module):
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
             return
+        self._first_rows_only = True
         last = last_layer(self.model)
         if last is None:
             raise ModelError(f"{type(self.model).__name__}: its last layer was not found")

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import IO, Any
 
 import numpy as np
+
 from regraft.engine.batches import by_length
 from regraft.engine.errors import DataError
 from regraft.engine.tasks import Prediction

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from regraft.engine.errors import ModelError, nearest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from regraft.engine.config import ModelConfig
     from regraft.engine.tasks import Task
-    from transformers import PreTrainedModel
 
 
 def resolve(name: str) -> str:

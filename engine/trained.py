@@ -91,11 +91,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def load_trained(path: str | Path, *, packing: str = "auto", device: str | None = None) -> Trained:
     """Load a run's best model (or a model folder) for inference. Raises ModelError."""
     import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
     from regraft.engine.models import RunningModel
     from regraft.engine.pretrained import explain
-    from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
     folder = find_trained(path)
     facts = read_facts(folder)

@@ -70,7 +70,7 @@ def ask(url: str) -> None:
     request = urllib.request.Request(f"{url}/predict", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=30) as reply:
         answers = json.load(reply)
-    for message, answer in zip(MESSAGES, answers["results"], strict=True):
+    for message, answer in zip(MESSAGES, answers["predictions"], strict=True):
         scores = ", ".join(f"{name} {score:.2f}" for name, score in answer["scores"].items())
         say(f"  {message:58} {answer['label']:20} ({scores})")
 

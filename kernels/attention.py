@@ -26,7 +26,7 @@ GROUP_COST = 6000
 class Group:
     """b sequences as b x L cells. Shape: pad_index [b * L] (row of each cell; a padding cell repeats its sequence's
     first row), token_index [n] (the cells that are tokens) and rows [n] (their rows), both None when no cell is
-    padding; mask [b, 1, 1, L] additive, or None."""
+    padding; mask [b, 1, 1, L] is 1 at padding cells, or None."""
 
     batch: int
     length: int
@@ -69,13 +69,13 @@ class Layout:
         return sums / lengths[:, None].to(hidden.dtype)
 
     def window_mask(self, length: int, window: int, like: Tensor) -> Tensor:
-        """Additive mask [L, L], -inf where |i - j| > window; made once."""
+        """Additive mask [L, L], very low where |i - j| > window; made once."""
         key = (length, window)
         if key not in self.windows:
             at = torch.arange(length, device=like.device)
             far = (at[:, None] - at[None, :]).abs() > window
-            self.windows[key] = torch.zeros(length, length, device=like.device).masked_fill_(far, float("-inf"))
-        return self.windows[key].to(like.dtype)
+            self.windows[key] = torch.zeros(length, length, device=like.device).masked_fill_(far, 1.0)
+        return self.windows[key].to(like.dtype) * _low(like.dtype)
 
 
 def plan_groups(lengths: Sequence[int], group_cost: int = GROUP_COST) -> list[list[int]]:
@@ -116,7 +116,7 @@ def plan_layout(lengths: Sequence[int], cu_seqlens: Tensor, group_cost: int = GR
         if inside.all():
             groups.append(Group(len(members), length, put(index.reshape(-1))))
             continue
-        mask = np.where(inside, np.float32(0), np.float32(-np.inf))[:, None, None, :]
+        mask = np.where(inside, np.float32(0), np.float32(1))[:, None, None, :]
         flat = inside.reshape(-1)
         groups.append(
             Group(
@@ -129,6 +129,11 @@ def plan_layout(lengths: Sequence[int], cu_seqlens: Tensor, group_cost: int = GR
             )
         )
     return Layout(int(starts[-1]), tuple(int(n) for n in sizes), cu_seqlens, tuple(groups), tuple(sequences))
+
+
+def _low(dtype: torch.dtype) -> float:
+    # Finite, and finite when added twice: a padding cell whose whole window is padding must not become NaN.
+    return torch.finfo(dtype).min / 4
 
 
 def _cells(x: Tensor, group: Group) -> Tensor:
@@ -148,7 +153,7 @@ def _put_rows(out: Tensor, cells: Tensor, group: Group) -> None:
 def _probabilities(q: Tensor, k: Tensor, layout: Layout, group: Group, scale: float, window: int | None) -> Tensor:
     scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
     if group.mask is not None:
-        scores += group.mask.to(scores.dtype)
+        scores += group.mask.to(scores.dtype) * _low(scores.dtype)
     if window is not None and window < group.length - 1:
         scores += layout.window_mask(group.length, window, scores)
     return torch.softmax(scores, dim=-1)
@@ -181,7 +186,7 @@ class _PackedAttention(torch.autograd.Function):
             qg, kg, vg, gg = (_cells(x, group) for x in (q, k, v, grad))
             if group.token_index is not None:
                 # A padding cell repeats a real row; it must not add to any gradient.
-                real = torch.isfinite(group.mask).transpose(-1, -2)
+                real = (group.mask == 0).transpose(-1, -2)
                 gg = gg * real
             used = probabilities
             dp = torch.matmul(gg, vg.transpose(-1, -2))
@@ -253,7 +258,7 @@ def first_row_attention(
         kg, vg = _cells(k, group), _cells(v, group)
         scores = torch.matmul(q.index_select(0, rows)[:, :, None], kg.transpose(-1, -2)) * scale
         if group.mask is not None:
-            scores = scores + group.mask.to(scores.dtype)
+            scores = scores + group.mask.to(scores.dtype) * _low(scores.dtype)
         used = dropout(torch.softmax(scores, dim=-1), dropout_p)
         out.append(torch.matmul(used, vg)[:, :, 0])
         members.append(rows)

@@ -14,6 +14,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, create_model
+
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.tasks import Prediction, Task
 from regraft.serve.limits import BodyLimit

@@ -7,10 +7,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
 from regraft.engine.errors import nearest
 from regraft.serve.schemas import field_path
 from regraft.serve.tickets import NotReady, Overloaded, TooLarge
-from starlette.exceptions import HTTPException
 
 
 class ClientGone(Exception):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from regraft.serve.tickets import Failure, NotReady, Overloaded, Slot, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
 from regraft.engine.tasks import Prediction, Task
 
 

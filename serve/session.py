@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.bundle import BundleInfo, read_info
 from regraft.engine.errors import BundleError
+from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.tasks import Prediction, Task, task_from_spec
 from regraft.engine.threads import available_threads
 from regraft.serve.groups import like_lengths
-from regraft.serve.inputs import graph_inputs
 from regraft.serve.tokens import Encoded, TextEncoder
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 # Empty cells that cost as much as one more run of the graph. In a packed graph an empty cell costs attention only; in
 # a padded one it costs every layer.
-SLACK = {"packed": 512, "padded": 64}
+SLACK = {"packed": 256, "padded": 32}
 INPUTS = {
     "packed": ("input_ids", "position_ids", "pad_index", "token_index", "lengths"),
     "padded": ("input_ids", "attention_mask"),
@@ -121,7 +122,8 @@ def _load_graph(path: Path, threads: int, providers: Sequence[str] | None) -> on
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # A plan of memory is kept for every shape that was ever seen; shapes here never end.
     options.enable_mem_pattern = False
-    # Threads that wait by spinning take the cores from tokenising and HTTP.
+    # Threads that wait by spinning take the cores from tokenising and HTTP: on two shared cores MiniLM answers 1.6 times
+    # as many tokens a second without it, for 0.6 of the CPU time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4  # its errors come as exceptions, and are told there
     if providers is None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
+
 from regraft.serve.tokens import Encoded
 
 

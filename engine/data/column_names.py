@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TEXT_NAMES = [
+TEXT_NAMES = (
     "text",
     "sentence",
     "review",
@@ -21,7 +21,7 @@ TEXT_NAMES = [
     "headline",
     "title",
     "abstract",
-]
+)
 PAIR_NAMES = (
     ("sentence1", "sentence2"),
     ("sentence_1", "sentence_2"),
@@ -38,7 +38,7 @@ PAIR_NAMES = (
     ("question", "passage"),
     ("anchor", "positive"),
 )
-LABEL_NAMES = [
+LABEL_NAMES = (
     "label",
     "labels",
     "category",
@@ -61,8 +61,7 @@ LABEL_NAMES = [
     "polarity",
     "type",
     "y",
-]
-
+)
 HEADER_WORDS = frozenset(
     (*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair), "id", "idx", "index")
 )

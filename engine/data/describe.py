@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.rows import Rows
 from regraft.engine.tasks.labels import name_of
 
 TOKENS_A_WORD = 1.4  # of English in a vocabulary of 30,000
-IMBALANCED = 5.0  # largest class over smallest
 
 
 @dataclass(frozen=True)

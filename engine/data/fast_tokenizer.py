@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regraft.engine.data.cache import cache_folder, write_whole
+from regraft.engine.data.reach import offline_if_unreachable
 from regraft.engine.errors import ModelError
 
 if TYPE_CHECKING:
@@ -141,7 +142,10 @@ def _ask_transformers(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+        if Path(name).is_dir():
+            return AutoTokenizer.from_pretrained(name)
+        with offline_if_unreachable():
+            return AutoTokenizer.from_pretrained(name, revision=revision)
     except Exception as error:  # transformers raises whatever its parts raise
         told = " ".join(str(error).split())[:300]
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {told}") from None

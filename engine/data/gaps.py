@@ -131,4 +131,5 @@ def _one_of_many(cell: Any) -> Any:
 def _kind(cell: Any) -> str:
     if cell is None or cell == "":
         return "an empty value"
-    return {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}.get(type(cell), f"{cell!r}")
+    kinds: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}
+    return kinds.get(type(cell), repr(cell))

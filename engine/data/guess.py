@@ -71,9 +71,9 @@ def _texts(
 ) -> tuple[str | int, str | int | None]:
     by_name = {str(name).lower(): name for name in free}
     if pair is None:
-        for first, second in PAIR_NAMES:
-            if first in by_name and second in by_name:
-                return by_name[first], by_name[second]
+        for one, other in PAIR_NAMES:
+            if one in by_name and other in by_name:
+                return by_name[one], by_name[other]
     textual = sorted((n for n in free if _is_text(columns[n])), key=lambda n: -_length(columns[n]))
     for known in TEXT_NAMES:
         if known in by_name and by_name[known] in textual:
@@ -133,7 +133,7 @@ def _separator(values: list[Any]) -> str | None:
         parts = Counter(part.strip() for c in cells for part in c.split(separator))
         # Parts that come again in other combinations are labels; parts of one sentence are not.
         again = sum(n for n in parts.values() if n > 1)
-        if again > 0.9 * sum(parts.values()) and len(parts) < len(set(cells)):
+        if again > 0.9 * sum(parts.values()) and len(parts) <= len(set(cells)):
             return separator
     return None
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Any
 
 from regraft.engine.config import DataConfig
 from regraft.engine.data.cells import PARQUET_ROWS, Cells, Table, use_columns
+from regraft.engine.data.reach import offline_if_unreachable
 from regraft.engine.data.source import HUB
 from regraft.engine.errors import DataError, nearest
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("validation", "dev", "valid", "val"), "test": ("test",)}
-REACH_TIMEOUT = 5.0  # seconds
 
 
 @contextmanager
@@ -32,36 +30,6 @@ def open_hub(address: str, data: DataConfig, *, split: str, need_labels: bool) -
     names = _class_names(dataset.features[use[2]]) if use[2] is not None else None
     chosen = dataset.select_columns([column for column in use if column is not None])
     yield Table(_cells(chosen, use, names), use[2] is not None)
-
-
-@contextmanager
-def offline_if_unreachable() -> Iterator[bool]:
-    """Whether the hub can be reached. Where it cannot, the hub's libraries work from their caches in this block
-    instead of trying again and again (half a minute a file)."""
-    import huggingface_hub.constants as hub
-
-    reachable = not hub.HF_HUB_OFFLINE and _answers(hub.ENDPOINT)
-    if reachable:
-        yield True
-        return
-    from datasets import config
-
-    before = hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
-    hub.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
-    try:
-        yield False
-    finally:
-        hub.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = before
-
-
-def _answers(endpoint: str) -> bool:
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=REACH_TIMEOUT).close()
-    except urllib.error.HTTPError:  # an answer, if not a kind one
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _load(name: str, config: str | None, asked: str, splits: tuple[str, ...], address: str) -> Any:

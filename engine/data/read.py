@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
+
 from regraft.engine.config import DataConfig
 from regraft.engine.data.cells import Cells, Table, json_cells, open_cells, parse_json_line
 from regraft.engine.data.gaps import TextRow, fill_or_drop
@@ -120,7 +121,8 @@ def _decoded(stream: IO[bytes] | IO[str], encoding: str) -> Iterator[str]:
     if isinstance(stream, io.TextIOBase):
         yield from without_mark(stream)
         return
-    for number, line in enumerate(stream, 1):
+    line: bytes
+    for number, line in enumerate(cast("IO[bytes]", stream), 1):
         try:
             text = line.decode(encoding)
         except UnicodeDecodeError as error:

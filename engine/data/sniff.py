@@ -77,10 +77,13 @@ def _head(source: Source, settings: dict[str, Any]) -> str:
 
 
 def _format_of(head: str) -> str:
-    lines = [line for line in head.split("\n")[:50] if line.strip()]
-    if lines[0].lstrip().startswith("{"):
+    if head.lstrip().startswith("{"):
         return "jsonl"
-    return "tsv" if sum("\t" in line for line in lines) > len(lines) / 2 else "csv"
+    uneven = {}
+    for form in ("tsv", "csv"):
+        rows, _ = _records(head, form)
+        uneven[form] = _unevenness(rows) if _width(rows) > 1 else 1.0
+    return min(uneven, key=lambda form: uneven[form])
 
 
 def _jsonl(head: str, path: str) -> dict[str | int, list[Any]]:
@@ -100,24 +103,30 @@ def _jsonl(head: str, path: str) -> dict[str | int, list[Any]]:
 
 
 def _delimited(head: str, form: str, settings: dict[str, Any], path: str) -> dict[str | int, list[Any]]:
-    delimiter = "," if form == "csv" else "\t"
-    plain = [line.rstrip("\r").split(delimiter) for line in islice(head.split("\n"), SAMPLE) if line.strip()]
-    quoted = _quoted(head, delimiter)
-    rows = plain
-    # Quotes are believed where they make every row as wide as the next, and plain reading does not.
-    if form == "csv" or _unevenness(plain) > 0:
-        if quoted and _unevenness(quoted) <= _unevenness(plain):
-            rows = quoted
-        if (rows is quoted) != (form == "csv"):
-            settings["quoting"] = "standard" if rows is quoted else "none"
-    width = Counter(map(len, rows)).most_common(1)[0][0]
-    rows = [row for row in rows if len(row) == width]
-    if width == 1 and len(rows) > 1:
+    rows, quoting = _records(head, form)
+    if quoting != ("standard" if form == "csv" else "none"):
+        settings["quoting"] = quoting
+    width = _width(rows)
+    if width == 1:
         raise DataError(f"{path}: has one column only as {form}; expected at least a text and a label")
+    rows = [row for row in rows if len(row) == width]
     if not _has_header(rows):
         settings["header"] = False
         return {i: [row[i] for row in rows] for i in range(width)}
     return {name: [row[i] for row in rows[1:]] for i, name in enumerate(rows[0])}
+
+
+def _records(head: str, form: str) -> tuple[list[list[str]], str]:
+    """The first records, and the quoting that makes them: 'standard' or 'none'."""
+    delimiter = "," if form == "csv" else "\t"
+    plain = [line.rstrip("\r").split(delimiter) for line in islice(head.split("\n"), SAMPLE) if line.strip()]
+    # In a tsv quotes are believed only where plain reading does not make every row as wide as the next.
+    if form == "tsv" and _unevenness(plain) == 0:
+        return plain, "none"
+    quoted = _quoted(head, delimiter)
+    if quoted and _unevenness(quoted) <= _unevenness(plain):
+        return quoted, "standard"
+    return plain, "none"
 
 
 def _quoted(head: str, delimiter: str) -> list[list[str]]:
@@ -131,6 +140,10 @@ def _quoted(head: str, delimiter: str) -> list[list[str]]:
         # The last record of a cut head may be open; an early fault means that these are not quotes.
         return rows if len(rows) > 100 else []
     return rows
+
+
+def _width(rows: list[list[str]]) -> int:
+    return Counter(map(len, rows)).most_common(1)[0][0]
 
 
 def _unevenness(rows: list[list[str]]) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import DataError
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.cache import write_whole
 
 log = logging.getLogger(__name__)
@@ -26,9 +27,9 @@ CHECKED = 64  # pieces of each array, evenly spread, go into the checksum
 PIECE = 1 << 20  # bytes
 
 
-def write_arrays(path: Path, arrays: dict[str, np.ndarray], counts: dict[str, int]) -> None:
+def write_arrays(path: Path, given: dict[str, np.ndarray | None], counts: dict[str, int]) -> None:
     """Write the arrays that are not None. Raises OSError."""
-    arrays = {name: np.ascontiguousarray(array, DTYPES[name]) for name, array in arrays.items() if array is not None}
+    arrays = {name: np.ascontiguousarray(array, DTYPES[name]) for name, array in given.items() if array is not None}
     header = json.dumps(
         {
             "sizes": {name: len(array) for name, array in arrays.items()},
@@ -39,7 +40,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray], counts: dict[str, in
     pieces: list[bytes | memoryview] = [MAGIC + len(header).to_bytes(8, "little") + header]
     end = len(pieces[0])
     for array in arrays.values():
-        pieces += [bytes(-end % ALIGN), memoryview(array).cast("B")]
+        pieces += [bytes(-end % ALIGN), array.data.cast("B")]
         end += -end % ALIGN + array.nbytes
     write_whole(path, pieces)
 
@@ -64,8 +65,8 @@ def checksum(arrays: dict[str, np.ndarray]) -> int:
         content = array.view(np.uint8)
         step = max(PIECE, len(content) // CHECKED)
         for start in range(0, len(content), step):
-            found = zlib.crc32(content[start : start + PIECE], found)
-        found = zlib.crc32(content[-PIECE:], found)
+            found = zlib.crc32(content[start : start + PIECE].data, found)
+        found = zlib.crc32(content[-PIECE:].data, found)
     return found
 
 

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers, load_fast_tokenizer
 from regraft.engine.data.rows import Rows
@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 CHUNK = 2048  # rows handed to the tokenizer at once
 Progress = Callable[[int, int], None]
-# Shortens the long rows of a chunk where they stand: their numbers, the chunk's inputs, its columns of lists.
-Cut = Callable[[np.ndarray, Sequence[Any], list[list[list[int]]]], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,13 @@ def tokenize(
         arrays, counts = found
         if progress:
             progress(len(rows), len(rows))
-        return TokenStore(**arrays, **counts)
+        return TokenStore(
+            ids=arrays["ids"],
+            offsets=arrays["offsets"],
+            types=arrays.get("types"),
+            truncated=counts["truncated"],
+            cut_tokens=counts["cut_tokens"],
+        )
     store = encode(rows.texts, rows.pairs, fast, max_length, progress=progress)
     try:
         write_arrays(
@@ -116,24 +120,26 @@ def encode(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     inputs: Sequence[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
     with_types = tokenizer.token_types and (pairs is not None or any(tokenizer.backend.encode("a").type_ids))
-    cut = _text_cutter(tokenizer, max_length) if pairs is None else _pair_cutter(tokenizer, max_length)
     ids, types, lengths = [], [], []
     truncated = cut_tokens = 0
     for start in range(0, len(inputs), CHUNK):
-        rows = inputs[start : start + CHUNK]
-        encodings = tokenizer.backend.encode_batch_fast(rows)
+        encodings = tokenizer.backend.encode_batch_fast(inputs[start : start + CHUNK])
         full = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
         long = np.flatnonzero(full > max_length)
         truncated += len(long)
         cut_tokens += int((full[long] - max_length).sum())
-        columns = [[e.ids for e in encodings]] + ([[e.type_ids for e in encodings]] if with_types else [])
-        cut(long, rows, columns)
+        columns = [[e.ids for e in encodings], [e.type_ids for e in encodings] if with_types else []]
+        for i in long:
+            kept = _kept_slices(encodings[i].sequence_ids, max_length, tokenizer.truncation_side)
+            for column in columns:
+                if column:
+                    column[i] = [value for piece in kept for value in column[i][piece]]
         lengths.append(np.minimum(full, max_length))
         ids.append(_flat(columns[0], np.int32))
         if with_types:
             types.append(_flat(columns[1], np.uint8))
         if progress:
-            progress(start + len(rows), len(inputs))
+            progress(start + len(encodings), len(inputs))
     offsets = np.zeros(len(inputs) + 1, dtype=np.int64)
     np.cumsum(np.concatenate(lengths or [offsets[1:]]), out=offsets[1:])
     return TokenStore(
@@ -145,39 +151,33 @@ def encode(
     )
 
 
-def _text_cutter(tokenizer: FastTokenizer, max_length: int) -> Cut:
-    """Cuts single texts where they stand: a second pass over long documents would double the time."""
-    special = tokenizer.backend.encode("a").special_tokens_mask
-    before = next((i for i, one in enumerate(special) if not one), len(special))
-    after = next((i for i, one in enumerate(reversed(special)) if not one), 0)
-    if before + after != tokenizer.special_tokens(pair=False):  # a template of another form
-        return _pair_cutter(tokenizer, max_length)
+def _kept_slices(sequence: list[int | None], max_length: int, side: str) -> list[slice]:
+    """What stays of an encoding that is too long; `sequence` tells of each token the text it is of, None for the
+    template's own.
 
-    def cut(long: np.ndarray, rows: Sequence[Any], columns: list[list[list[int]]]) -> None:
-        for column in columns:
-            for i in long:
-                whole = column[i]
-                if tokenizer.truncation_side == "right":
-                    column[i] = whole[: max_length - after] + whole[len(whole) - after :]
-                else:
-                    column[i] = whole[:before] + whole[len(whole) - (max_length - before) :]
-
-    return cut
+    The tokenizer's own truncation gives the same, but makes an encoding of every combination of what it cut.
+    """
+    sizes = [sequence.count(0), sequence.count(1)]
+    kept = _longest_first(sizes[0], sizes[1], max_length - (len(sequence) - sum(sizes)))
+    pieces, end = [], 0
+    for text, (size, keep) in enumerate(zip(sizes, kept, strict=True)):
+        if keep < size:
+            first = sequence.index(text)
+            pieces.append(slice(end, first + keep if side == "right" else first))
+            end = first + size if side == "right" else first + size - keep
+    return [*pieces, slice(end, None)]
 
 
-def _pair_cutter(tokenizer: FastTokenizer, max_length: int) -> Cut:
-    """Lets the tokenizer itself cut, the longer of two texts first."""
-    # A copy: a tokenizer in use elsewhere must not begin to cut.
-    cutting = deepcopy(tokenizer.backend)
-    cutting.encode_special_tokens = tokenizer.backend.encode_special_tokens
-    cutting.enable_truncation(max_length, strategy="longest_first", direction=tokenizer.truncation_side)
-
-    def cut(long: np.ndarray, rows: Sequence[Any], columns: list[list[list[int]]]) -> None:
-        for i, encoding in zip(long, cutting.encode_batch_fast([rows[i] for i in long]), strict=True):
-            for column, values in zip(columns, (encoding.ids, encoding.type_ids), strict=False):
-                column[i] = values
-
-    return cut
+def _longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """How many tokens of each text are kept, as the tokenizers package shares the room: the shorter stays whole where
+    it takes no more than half."""
+    short, long = sorted((first, second))
+    if short + long > room:
+        if 2 * short <= room:
+            long = room - short
+        else:
+            short, long = room // 2, room - room // 2
+    return (short, long) if first <= second else (long, short)
 
 
 def _flat(lists: Iterable[list[int]], dtype: type) -> np.ndarray:
@@ -192,6 +192,6 @@ def _content_key(rows: Rows, tokenizer: FastTokenizer, max_length: int) -> str:
             digest.update(b"none")
             continue
         # Lengths beside the joined texts: no two lists of texts give the same bytes.
-        digest.update(np.fromiter(map(len, column), dtype="<i8", count=len(column)))
+        digest.update(np.fromiter(map(len, column), dtype="<i8", count=len(column)).tobytes())
         digest.update("\0".join(column).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

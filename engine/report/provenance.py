@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.formats import count, percent
 from regraft.engine.report.markup import Markup, el

@@ -12,6 +12,7 @@ from regraft.engine.report.plots import reliability, scatter
 from regraft.engine.report.tables import meter, numbers, table, words
 
 TEXT_COLUMNS = 180
+WIDE = 12  # classes from which a confusion matrix with names takes the whole width
 LONG = 16  # rows from which a table scrolls in its own box
 
 
@@ -66,7 +67,8 @@ def confusion(data: ReportData) -> Markup | None:
         shown.append(el("div", el("h3", "Most confused"), table(columns, rows)))
     else:
         shown.append(el("p", "No row was taken for another class.", class_="note"))
-    return el("section", el("h2", "Confusion"), el("div", shown, class_="two"))
+    wide = WIDE < len(labels) <= NAMED  # its names would be too small to read in half the page
+    return el("section", el("h2", "Confusion"), el("div", shown, class_="stack" if wide else "two"))
 
 
 def calibration(data: ReportData) -> Markup | None:

@@ -34,7 +34,7 @@ p { margin: 0 0 0.8rem; max-width: 46rem; }
 .tiles div { display: flex; flex-direction: column-reverse; justify-content: flex-end; }
 .tiles dt { color: var(--muted); font-size: 0.86rem; line-height: 1.35; }
 .tiles dd { margin: 0; font-size: 1.4rem; font-weight: 560; line-height: 1.3; white-space: nowrap; }
-.two, .three { display: grid; gap: 2rem 2.5rem; }
+.stack, .two, .three { display: grid; gap: 2rem 2.5rem; }
 .two { grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); }
 .three { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); margin-top: 2rem; }
 .two > *, .three > * { min-width: 0; }
@@ -44,7 +44,7 @@ figcaption { margin-top: 0.4rem; }
   font-size: 0.86rem; }
 .legend span { display: inline-flex; align-items: center; gap: 0.4rem; }
 .legend i { width: 0.95rem; border-top: 2.5px solid currentColor; border-radius: 2px; }
-.legend i.ring { flex: none; width: 0.7rem; height: 0.7rem; border: 2px solid currentColor; border-radius: 50%; }
+.legend i.ring { flex: none; width: 12px; height: 12px; border: 2px solid currentColor; border-radius: 50%; }
 .legend i.box { width: 0.7rem; height: 0.7rem; border: 0; background: currentColor; }
 i.c1 { color: var(--c1); } i.c2 { color: var(--c2); } i.c3 { color: var(--c3); } i.c4 { color: var(--c4); }
 i.wrong { color: var(--wrong); } i.ink { color: var(--ink); }
@@ -86,7 +86,7 @@ code, pre, .where { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, 
 .meter { display: inline-block; width: 4.2rem; height: 0.5rem; margin: 0 0.8rem; background: var(--wash);
   vertical-align: 0.06em; }
 .meter i, .bars i { display: block; height: 100%; background: var(--c1); opacity: 0.75; }
-.bars { columns: 20rem; column-gap: 2.5rem; margin: 0; padding: 0; list-style: none; font-size: 0.88rem; }
+.bars { columns: 24rem; column-gap: 2.5rem; margin: 0; padding: 0; list-style: none; font-size: 0.88rem; }
 .bars li { display: grid; grid-template-columns: minmax(0, 11rem) minmax(3rem, 1fr) 3.6rem; gap: 0.7rem;
   align-items: center;
   padding: 0.12rem 0; break-inside: avoid; }
@@ -118,7 +118,9 @@ pre { margin: 0.7rem 0 0; padding: 0.9rem 1.1rem; background: var(--wash); line-
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #1b1d20; --muted: #5b5f66; --hair: #d9d6d0; --wash: #f3f1ec;
     --c1: #2f6291; --c2: #3f8a70; --c3: #b07a24; --c4: #875a86; --wrong: #c2573a; --on-strong: #fff; }
-  body { padding: 0; max-width: none; font-size: 10pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 12px; } thead { display: table-header-group; break-inside: avoid; }
+  body { padding: 0; max-width: none; font-size: 9pt; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .tiles { grid-template-columns: repeat(6, auto); } section > p { break-after: avoid; }
   h2 { margin-top: 1.6rem; break-after: avoid; } tr, .tiles, .bars li { break-inside: avoid; }
   th { position: static; }
   .two { grid-template-columns: 1fr 1fr; } .three { grid-template-columns: 1fr 1fr 1fr; }

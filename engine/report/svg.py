@@ -12,7 +12,7 @@ from regraft.engine.report.scale import Point, Scale
 
 def svg(width: float, height: float, title: str, *children: Any, class_: str | None = None) -> Markup:
     """A drawing that scales with its column and says to a screen reader what it shows."""
-    most = f"max-width:{1.5 * width:.0f}px"
+    most = f"max-width:{1.2 * width:.0f}px"
     box = f"0 0 {place(width)} {place(height)}"
     return el("svg", *children, class_=class_, viewBox=box, role="img", aria_label=title, style=most)
 

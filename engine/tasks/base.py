@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
 from regraft.engine.data.rows import Rows
 
 if TYPE_CHECKING:
-    from regraft.engine.config import TaskConfig
     from torch import Tensor
+
+    from regraft.engine.config import TaskConfig
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError, nearest
 from regraft.engine.tasks.base import Metrics, Prediction, Task, ranked
 from regraft.engine.tasks.labels import in_order, index_by_name, name_of, unknown_label
 
 if TYPE_CHECKING:
-    from regraft.engine.config import TaskConfig
     from torch import Tensor
+
+    from regraft.engine.config import TaskConfig
 
 SCORE_BINS = 1000
 

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.tasks.base import Metrics, Prediction, Task
 
 if TYPE_CHECKING:
-    from regraft.engine.config import TaskConfig
     from torch import Tensor
+
+    from regraft.engine.config import TaskConfig
 
 
 class Regression(Task):

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import new_folder, remove_leftovers
 from regraft.engine.training.optimizer import AveragedWeights
-from torch import nn
 
 
 @dataclass

@@ -6,8 +6,10 @@ import re
 from collections.abc import Iterable
 
 import torch
-from regraft.engine.config import TrainingConfig
 from torch import Tensor, nn
+
+from regraft.engine.config import TrainingConfig
+from regraft.kernels.embedding import RowGradient
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -58,9 +60,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["base_lr"] * share
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, a scalar in fp32."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def gradient_norm(parameters: Iterable[Tensor], rows: RowGradient | None = None) -> Tensor:
+    """L2 norm of all gradients together, a scalar in fp32. `rows`: a gradient of which only these need be read."""
+    own = None if rows is None else rows.weight
+    gradients = [p.grad for p in parameters if p.grad is not None and p is not own]
+    if rows is not None:
+        gradients.append(rows.rows())
     norms = torch._foreach_norm(gradients)
     return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
@@ -160,6 +161,7 @@ class _Run:
         import torch
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
+
         from regraft.engine.models import RunningModel
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
@@ -208,6 +210,7 @@ class _Run:
             seed=training.seed,
             token_budget=choose_token_budget(config, model, self.precision),
             max_grad_norm=training.max_grad_norm,
+            rows=self.bind_row_gradient(model),
         )
         trained = sum(p.numel() for p in self.parameters)
         everything = sum(p.numel() for p in model.parameters())
@@ -216,6 +219,12 @@ class _Run:
             f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
             f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
         )
+
+    def bind_row_gradient(self, model: Any) -> Any:
+        from regraft.engine.fast import bind_embedding
+
+        alone_on_cpu = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
+        return bind_embedding(model) if alone_on_cpu and self.config.model.kernels == "auto" else None
 
     def set_training_mode(self) -> None:
         self.running.train()

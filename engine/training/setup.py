@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from regraft.engine.config import RunConfig
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
@@ -23,6 +24,7 @@ from regraft.engine.threads import available_threads
 
 if TYPE_CHECKING:
     import torch
+
     from regraft.engine.models import RunningModel
 
 
@@ -116,7 +118,22 @@ def set_threads(config: RunConfig) -> int:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = config.training.threads or max(1, available_threads() // processes)
     torch.set_num_threads(threads)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     return threads
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed memory for the next step: returned to the system, 90 MB of gradients and all activations
+    would be mapped and zeroed again page by page in every step. False where the C library is another one."""
+    import ctypes
+
+    trim_threshold, mmap_max = -1, -4  # names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def choose_precision(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
 from regraft.engine.batches import collate
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
@@ -19,7 +20,9 @@ from regraft.engine.training.order import share_by_tokens
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
     from regraft.engine.data.tokens import TokenStore
+    from regraft.kernels.embedding import RowGradient
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Stepper:
     seed: int
     token_budget: int
     max_grad_norm: float | None
+    rows: RowGradient | None = None
 
     def __call__(self, step: int, rows: np.ndarray) -> StepResult:
         while True:
@@ -58,20 +62,26 @@ class Stepper:
                 if self.token_budget <= longest:
                     raise
                 self.token_budget = max(longest, self.token_budget // 2)
-                self.optimizer.zero_grad(set_to_none=True)
+                self.clear()
                 torch.cuda.empty_cache()
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
-        norm = gradient_norm(self.parameters)
+        norm = gradient_norm(self.parameters, self.rows)
         value = float(norm)
         applied = bool(np.isfinite(value)) and bool(np.isfinite(loss))
         if applied:
             clipped_step(self.optimizer, norm, self.max_grad_norm)
         if scaler is not None:
             scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear()
         return StepResult(loss, value, int(self.store.lengths[rows].sum()), applied)
+
+    def clear(self) -> None:
+        """Forget all gradients."""
+        if self.rows is not None:
+            self.rows.clear()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, step: int, rows: np.ndarray) -> float:
         """Forward and backward of this process's share; returns the step's loss over all processes."""

@@ -4,10 +4,10 @@ one bad item fails its whole batch (text-embeddings-inference)."""
 from __future__ import annotations
 
 import serving_support  # noqa: F401
-from regraft.serve.tickets import Failure
 from running import PATIENCE, GatedModel, item, scheduling
 
 from bundles import session
+from regraft.serve.tickets import Failure
 
 
 def test_one_bad_item_fails_alone_and_its_batch_is_answered() -> None:

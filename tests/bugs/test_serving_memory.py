@@ -34,4 +34,4 @@ def test_resident_memory_is_flat_over_many_mixed_lengths() -> None:
         settled = process.memory_info().rss
         asyncio.run(soak(server.url, 450))
         grown = process.memory_info().rss - settled
-    assert grown < 12 * MEBIBYTE, f"{grown / MEBIBYTE:.1f} MiB more after 450 further requests"
+    assert grown < 4 * MEBIBYTE, f"{grown / MEBIBYTE:.1f} MiB more after 450 further requests"

@@ -8,10 +8,10 @@ from collections import Counter
 
 import httpx
 import serving_support  # noqa: F401
-from regraft.serve.scheduler import Run
 from running import Gate, over_http, running_server
 
 from bundles import bundle
+from regraft.serve.scheduler import Run
 
 GOOD = {"inputs": "good film"}  # four tokens
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from regraft.engine.model_card import write_model_card
 from regraft.engine.report import Best, ReportData
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from regraft.engine.report import Best, ReportData, read_history, write_report
 from regraft.engine.report.lines import Line, line_chart
 from regraft.engine.report.scale import smooth, thin, ticks

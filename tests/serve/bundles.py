@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import numpy_helper, parser
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
 from regraft.engine.bundle import BundleInfo, write_info
 from regraft.serve.session import Session
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 WIDTH = 16
 MAX_LENGTH = 24

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 
 import httpx
 import numpy as np
+
+from bundles import session
 from regraft.serve.http import create_app
 from regraft.serve.scheduler import Run, Scheduler
 from regraft.serve.settings import ServeSettings
 from regraft.serve.tokens import Encoded
-
-from bundles import session
 
 T = TypeVar("T")
 PATIENCE = 20.0  # seconds that no healthy test comes near

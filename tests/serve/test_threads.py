@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from regraft.engine.threads import available_threads, cgroup_cpus
 
 

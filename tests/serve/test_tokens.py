@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from regraft.engine.errors import BundleError
-from regraft.serve.tokens import TextEncoder
 
 from bundles import MAX_LENGTH, bundle
+from regraft.engine.errors import BundleError
+from regraft.serve.tokens import TextEncoder
 
 SENTENCE = "Where is my parcel? It should have come yesterday, and nobody answers the telephone. "
 

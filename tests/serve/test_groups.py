@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from regraft.engine.bundle import BundleInfo
+from regraft.engine.graph_inputs import graph_inputs
 from regraft.serve.groups import like_lengths
-from regraft.serve.inputs import graph_inputs
 
 INFO = BundleInfo("packed", "fp32", {}, max_length=8, pad_token_id=9, position_offset=2, token_types=True)
 IDS = [np.array([5, 6, 7]), np.array([8])]

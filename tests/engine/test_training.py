@@ -1,0 +1,234 @@
+"""A training run: what it learns does not depend on how it is cut up, stopped or resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import regraft
+from regraft.engine.config import load_config
+from regraft.engine.errors import TrainingError
+from regraft.engine.training.order import Plan, share_by_tokens
+from regraft.engine.training.run import train
+from regraft.engine.training.schedule import learning_rate_share
+from safetensors.torch import load_file
+
+QUIET = {"model": {"dropout": 0.0}}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "best" / "model.safetensors")
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    return max(float((one[k].double() - two[k].double()).abs().max()) for k in one)
+
+
+def run(path: Path, folder: Path, *overrides: str):
+    return train(load_config(path, [f"run={folder}", *overrides]), quiet=True)
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(make_config, write_rows, tmp_path):
+    path = make_config(data={"train": str(write_rows("many.csv", 500, 7)), "dev": str(write_rows("other.csv", 100, 8))})
+    result = run(path, tmp_path / "r", "trackers=[tensorboard]", "training.epochs=8", "training.learning_rate=3e-3")
+    assert result.metrics["dev"]["accuracy"] > 0.75
+    folder = tmp_path / "r"
+    for name in ("config.yaml", "versions.json", "metrics.jsonl", "evaluation.json", "report.html", "run.json"):
+        assert (folder / name).stat().st_size > 0, name
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "regraft.json", "README.md"):
+        assert (folder / "best" / name).stat().st_size > 0, name
+    assert list((folder / "trackers").rglob("events.out.tfevents*"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kinds = {r["kind"] for r in records}
+    assert {"start", "train", "eval"} <= kinds
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_micro_batches_change_no_result(make_config, tmp_path):
+    path = make_config(**QUIET)
+    run(path, tmp_path / "whole", "training.token_budget=100000")
+    run(path, tmp_path / "cut", "training.token_budget=16")
+    assert largest_difference(tmp_path / "whole", tmp_path / "cut") < 1e-5
+
+
+def test_kernels_and_packing_change_no_result(make_config, tmp_path):
+    path = make_config(**QUIET)
+    run(path, tmp_path / "fast")
+    run(path, tmp_path / "plain", "model.kernels=off")
+    run(path, tmp_path / "padded", "model.packing=off", "model.kernels=off")
+    assert largest_difference(tmp_path / "fast", tmp_path / "plain") < 1e-5
+    assert largest_difference(tmp_path / "fast", tmp_path / "padded") < 1e-5
+
+
+def test_two_processes_take_the_same_steps_as_one(make_config, tmp_path):
+    # 61 rows in steps of 6: the last step of an epoch has one row, so one process has none.
+    path = make_config(**QUIET, data={"limit": 61}, training={"batch_size": 6, "threads": 1})
+    run(path, tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone"]
+    command += ["-m", "regraft.engine", "train", str(path), "--set", f"run={tmp_path / 'two'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    ends = [json.loads((tmp_path / n / "run.json").read_text())["result"]["metrics"]["dev"] for n in ("one", "two")]
+    assert ends[0] == pytest.approx(ends[1], abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(make_config, tmp_path):
+    path = make_config()
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(path, tmp_path / name, f"training.seed={seed}")
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0.0
+    assert largest_difference(tmp_path / "a", tmp_path / "c") > 0.0
+
+
+@pytest.mark.parametrize("extra", [[], ["training.ema=0.9", "training.early_stopping.patience=50"]])
+def test_killed_at_any_moment_and_started_again_is_as_if_never_killed(make_config, tmp_path, extra):
+    path = make_config(training={"epochs": 12, "checkpoint_every": 3, "evaluate_every": 7})
+    run(path, tmp_path / "whole", *extra)
+    arguments = ["train", str(path), "--quiet", "--set", f"run={tmp_path / 'killed'}"]
+    for setting in extra:
+        arguments += ["--set", setting]
+    draw = random.Random()
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen([sys.executable, "-m", "regraft.engine", *arguments], stdout=subprocess.DEVNULL)
+        wait_for_steps(tmp_path / "killed", process, draw.randint(0, 12) if kills < 3 else 10**6)
+        if process.poll() is None:
+            time.sleep(draw.random() * 0.05)
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert kills >= 2
+    assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0.0
+    assert lines_that_matter(tmp_path / "whole") == lines_that_matter(tmp_path / "killed")
+
+
+def wait_for_steps(folder: Path, process: subprocess.Popen, lines: int) -> None:
+    """Until `lines` more lines of history, or the process's end."""
+    history = folder / "metrics.jsonl"
+    start = len(history.read_bytes().splitlines()) if history.exists() else 0
+    while process.poll() is None:
+        if history.exists() and len(history.read_bytes().splitlines()) > start + lines:
+            return
+        time.sleep(0.01)
+
+
+def lines_that_matter(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = {"seconds", "tokens_per_second", "seconds_to_first_step"}
+    return [{k: v for k, v in r.items() if k not in times} for r in records]
+
+
+def test_the_order_of_rows_comes_from_seed_and_epoch_alone():
+    plan = Plan(rows=103, batch_size=10, seed=3, epochs=2.5)
+    assert plan.total_steps == 28
+    assert sorted(np.concatenate([plan.batch(s, plan.order(0)) for s in range(11)])) == list(range(103))
+    assert not np.array_equal(plan.order(0), plan.order(1))
+    assert np.array_equal(plan.order(7), Plan(rows=103, batch_size=4, seed=3, epochs=9).order(7))
+
+
+def test_processes_share_a_step_by_tokens():
+    lengths = np.array([90, 10, 10, 10, 30, 30])
+    shares = share_by_tokens(lengths, 2)
+    assert sorted(np.concatenate(shares)) == list(range(6))
+    assert abs(lengths[shares[0]].sum() - lengths[shares[1]].sum()) <= 10
+    assert [len(s) for s in share_by_tokens(np.array([5]), 3)].count(0) == 2
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant", "wsd"])
+def test_schedules_warm_up_and_end_where_they_say(make_config, name):
+    config = load_config(make_config(), [f"training.schedule={name}", "training.warmup=0.1"]).training
+    shares = [learning_rate_share(config, s, 100) for s in range(100)]
+    assert shares[0] < 0.2
+    assert np.all(np.diff(shares[:11]) > 0)
+    assert max(shares) == pytest.approx(1.0, abs=0.02)
+    assert shares[-1] == 1.0 if name == "constant" else shares[-1] < 0.15
+    if name == "wsd":
+        assert set(np.round(shares[12:79], 6)) == {1.0}
+
+
+def test_layer_decay_and_head_rate_reach_the_right_weights(make_config, tiny_model):
+    from regraft.engine.training.optimizer import parameter_groups
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    settings = ["training.learning_rate=1", "training.layer_decay=0.5", "training.head_learning_rate=8"]
+    groups = parameter_groups(model, load_config(make_config(), settings).training)
+    rate = {id(p): g["lr"] for g in groups for p in g["params"]}
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert rate[id(named["classifier.weight"])] == 8
+    assert rate[id(named["bert.encoder.layer.1.output.dense.weight"])] == 0.5
+    assert rate[id(named["bert.encoder.layer.0.output.dense.weight"])] == 0.25
+    assert rate[id(named["bert.embeddings.word_embeddings.weight"])] == 0.125
+    assert decay[id(named["bert.encoder.layer.1.output.dense.weight"])] == 0.01
+    assert decay[id(named["bert.encoder.layer.1.output.LayerNorm.weight"])] == 0
+    assert len(rate) == len(named)
+
+
+def test_frozen_trains_the_head_alone(make_config, tmp_path, tiny_model):
+    path = make_config()
+    run(path, tmp_path / "frozen", "method=frozen", "training.learning_rate=1e-2")
+    before = load_file(tiny_model / "model.safetensors")
+    after = weights(tmp_path / "frozen")
+    for name, value in before.items():
+        same = torch.equal(after[f"bert.{name}"], value)
+        assert same == ("pooler" not in name), name
+
+
+def test_early_stopping_ends_the_run_and_keeps_the_best(make_config, tmp_path):
+    path = make_config(training={"epochs": 40})
+    result = run(path, tmp_path / "r", "training.early_stopping.patience=2", "training.learning_rate=1e-7")
+    assert result.steps < 40 * 8
+    assert result.best_step <= result.steps - 16
+
+
+def test_a_finished_run_answers_at_once_and_another_configuration_is_refused(make_config, tmp_path):
+    path = make_config()
+    first = run(path, tmp_path / "r")
+    stamp = (tmp_path / "r" / "best" / "model.safetensors").stat().st_mtime_ns
+    assert run(path, tmp_path / "r").metrics == first.metrics
+    assert (tmp_path / "r" / "best" / "model.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(TrainingError, match=r"training.learning_rate: 0.001 there, 0.5 here.*--restart"):
+        run(path, tmp_path / "r", "training.learning_rate=0.5")
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [("multilabel", ["a,b", "b", "", "c", "a,c", "b,c"]), ("regression", ["0.5", "1", "2", "0.25", "3", "1.5"])],
+)
+def test_every_task_trains_evaluates_and_predicts(make_config, tmp_path, task, labels):
+    rows = "\n".join(f'good plot {i},"{labels[i % 6]}"' for i in range(36))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows + "\n")
+    settings: dict = {"type": task} | ({"thresholds": "tuned"} if task == "multilabel" else {})
+    path = make_config(task=settings, data={"train": str(tmp_path / "t.csv"), "dev": None})
+    result = run(path, tmp_path / "r")
+    assert all(np.isfinite(v) for v in result.metrics["dev"].values())
+    done = regraft("predict", tmp_path / "r", "good plot 3", "--format", "jsonl")
+    answer = json.loads(done.stdout)
+    assert isinstance(answer["label"], list if task == "multilabel" else float)
+
+
+def test_pairs_are_trained_with_their_token_types(make_config, tmp_path):
+    rows = "\n".join(f"good {w},{w} film,{'same' if i % 2 else 'other'}" for i, w in enumerate(["plot", "joke", "scene"] * 8))
+    (tmp_path / "t.csv").write_text("a,b,label\n" + rows + "\n")
+    data = {"train": str(tmp_path / "t.csv"), "dev": None, "columns": {"text": "a", "text_pair": "b"}}
+    run(make_config(data=data), tmp_path / "r")
+    done = regraft("predict", tmp_path / "r", "good plot", "--pair", "plot film", "--format", "jsonl")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["text_pair"] == "plot film"
