@@ -18,6 +18,7 @@ from typing import Any
 
 import machine
 import sources
+from environments import encoder_folder, our_versions, peer_python, versions
 from harness import (
     OURS,
     WORK,
@@ -26,14 +27,10 @@ from harness import (
     Target,
     TurnFailed,
     arguments,
-    encoder_folder,
-    our_versions,
-    peer_python,
     publish,
     run,
     take_turns,
     turn,
-    versions,
 )
 
 CLAIM = Claim(

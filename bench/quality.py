@@ -20,6 +20,7 @@ from typing import Any
 
 import machine
 import sources
+from environments import encoder_folder, our_versions, peer_python, versions
 from harness import (
     OURS,
     WORK,
@@ -28,12 +29,8 @@ from harness import (
     Target,
     TurnFailed,
     arguments,
-    encoder_folder,
-    our_versions,
-    peer_python,
     publish,
     turn,
-    versions,
 )
 
 CLAIM = Claim(
