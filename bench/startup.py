@@ -17,6 +17,7 @@ from typing import Any
 
 import machine
 import sources
+from environments import encoder_folder, our_versions, peer_python, versions
 from harness import (
     OURS,
     WORK,
@@ -25,14 +26,10 @@ from harness import (
     Target,
     TurnFailed,
     arguments,
-    encoder_folder,
-    our_versions,
-    peer_python,
     publish,
     run,
     take_turns,
     turn,
-    versions,
 )
 
 CLAIM = Claim("startup", "Seconds from the command to its first sign of work", "s", higher_is_better=False)

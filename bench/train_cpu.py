@@ -16,6 +16,7 @@ from typing import Any
 
 import machine
 import sources
+from environments import encoder_folder, our_versions, peer_python, versions
 from harness import (
     WORK,
     Claim,
@@ -23,13 +24,9 @@ from harness import (
     Target,
     TurnFailed,
     arguments,
-    encoder_folder,
-    our_versions,
-    peer_python,
     publish,
     take_turns,
     turn,
-    versions,
 )
 
 CLAIM = Claim("train_cpu", "Fine-tuning MiniLM-L6 on CPU: real tokens a second over whole optimizer steps", "tokens/s")
