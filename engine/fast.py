@@ -70,9 +70,9 @@ def _merged_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: A
     weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
     bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
     merged = torch.nn.functional.linear(hidden_states[0], weight, bias)
-    q, k, v = merged.view(merged.shape[0], 3, self.num_attention_heads, self.attention_head_size).unbind(1)
+    qkv = merged.view(merged.shape[0], 3, self.num_attention_heads, self.attention_head_size)
     p = self.dropout.p if self.training else 0.0
-    out = self.regraft_state.layout.attend(q, k, v, scale=self.scaling, dropout_p=p, window=None)
+    out = self.regraft_state.layout.attend_merged(qkv, scale=self.scaling, dropout_p=p)
     return out.reshape(1, hidden_states.shape[1], -1), None
 
 

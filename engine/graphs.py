@@ -50,6 +50,10 @@ class GraphLayout:
         out = torch.matmul(torch.softmax(scores, dim=-1), self._cells(v)).transpose(1, 2)
         return out.flatten(0, 1).index_select(0, self.token_index)
 
+    def attend_merged(self, qkv: Tensor, *, scale: float, dropout_p: float) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return self.attend(q, k, v, scale=scale, dropout_p=dropout_p, window=None)
+
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         scores = torch.matmul((q * scale)[:, :, None], self._cells(k).transpose(-1, -2)) + self._bias()
         return torch.matmul(torch.softmax(scores, dim=-1), self._cells(v))[:, :, 0]

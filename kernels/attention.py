@@ -25,27 +25,25 @@ GROUP_COST = 6000
 @dataclass(frozen=True)
 class Group:
     """b sequences as b x L cells. Shape: pad_index [b * L] (row of each cell; a padding cell repeats its sequence's
-    first row), token_index [n] (the cells that are tokens) and rows [n] (their rows), both None when no cell is
-    padding; mask [b, 1, 1, L] is 1 at padding cells, or None."""
+    first row); mask [b, L] float32 is 1 at padding cells, or None where there are none."""
 
     batch: int
     length: int
     pad_index: Tensor
-    token_index: Tensor | None = None
-    rows: Tensor | None = None
     mask: Tensor | None = None
 
 
 @dataclass
 class Layout:
     """How the sequences of one packed batch are attended; made once a batch, used by every layer. `members`: sequence
-    numbers of each group, [b] int64."""
+    numbers of each group, [b] int64. `cell_of_row`: where each row stands among the cells of all groups, [T] int64."""
 
     tokens: int
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
     groups: tuple[Group, ...]
     members: tuple[Tensor, ...]
+    cell_of_row: Tensor
     windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -55,7 +53,11 @@ class Layout:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float, window: int | None) -> Tensor:
         """Attention within each sequence, [T, H, D] each."""
-        return packed_attention(q, k, v, self, scale=scale, dropout_p=dropout_p, window=window)
+        return packed_attention(torch.stack((q, k, v), dim=1), self, scale=scale, dropout_p=dropout_p, window=window)
+
+    def attend_merged(self, qkv: Tensor, *, scale: float, dropout_p: float) -> Tensor:
+        """The same from one tensor [T, 3, H, D], as a merged projection gives it."""
+        return packed_attention(qkv, self, scale=scale, dropout_p=dropout_p)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         """Attention of one query a sequence: q [B, H, D], k, v [T, H, D] -> [B, H, D]."""
@@ -103,32 +105,24 @@ def plan_groups(lengths: Sequence[int], group_cost: int = GROUP_COST) -> list[li
 def plan_layout(lengths: Sequence[int], cu_seqlens: Tensor, group_cost: int = GROUP_COST) -> Layout:
     """Layout of a packed batch with sequences of `lengths` tokens, its tensors on the device of `cu_seqlens`."""
     sizes = np.asarray(lengths, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    starts = np.cumsum(sizes) - sizes
+    tokens = int(sizes.sum())
     device = cu_seqlens.device
     put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-    groups, sequences = [], []
+    groups, sequences, before = [], [], 0
+    cell_of_row = np.empty(tokens, dtype=np.int64)
     for members in plan_groups(lengths, group_cost):
-        sequences.append(put(np.asarray(members, dtype=np.int64)))
         length = int(sizes[members].max())
         cells = np.arange(length)
         inside = cells[None, :] < sizes[members][:, None]
-        index = np.where(inside, starts[members][:, None] + cells[None, :], starts[members][:, None])
-        if inside.all():
-            groups.append(Group(len(members), length, put(index.reshape(-1))))
-            continue
-        mask = np.where(inside, np.float32(0), np.float32(1))[:, None, None, :]
-        flat = inside.reshape(-1)
-        groups.append(
-            Group(
-                len(members),
-                length,
-                put(index.reshape(-1)),
-                put(np.flatnonzero(flat)),
-                put(index.reshape(-1)[flat]),
-                put(mask),
-            )
-        )
-    return Layout(int(starts[-1]), tuple(int(n) for n in sizes), cu_seqlens, tuple(groups), tuple(sequences))
+        index = np.where(inside, starts[members][:, None] + cells[None, :], starts[members][:, None]).reshape(-1)
+        real = np.flatnonzero(inside)
+        cell_of_row[index[real]] = before + real
+        before += len(index)
+        mask = None if inside.all() else put((~inside).astype(np.float32))
+        groups.append(Group(len(members), length, put(index), mask))
+        sequences.append(put(np.asarray(members, dtype=np.int64)))
+    return Layout(tokens, tuple(sizes.tolist()), cu_seqlens, tuple(groups), tuple(sequences), put(cell_of_row))
 
 
 def _low(dtype: torch.dtype) -> float:
@@ -137,95 +131,102 @@ def _low(dtype: torch.dtype) -> float:
 
 
 def _cells(x: Tensor, group: Group) -> Tensor:
-    # [T, H, D] -> [b, H, L, D]
-    return x.index_select(0, group.pad_index).view(group.batch, group.length, *x.shape[1:]).transpose(1, 2)
+    # [T, n, H, D] -> [n, b * H, L, D], contiguous
+    n, heads, size = x.shape[1:]
+    cells = x.index_select(0, group.pad_index).view(group.batch, group.length, n, heads, size)
+    return cells.permute(2, 0, 3, 1, 4).reshape(n, group.batch * heads, group.length, size)
 
 
-def _put_rows(out: Tensor, cells: Tensor, group: Group) -> None:
-    # [b, H, L, D] back to the rows of [T, H, D] it came from; padding cells are left out
-    flat = cells.transpose(1, 2).reshape(group.batch * group.length, *out.shape[1:])
-    if group.token_index is None:
-        out.index_copy_(0, group.pad_index, flat)
-    else:
-        out.index_copy_(0, group.rows, flat.index_select(0, group.token_index))
+def _rows(cells: list[Tensor], layout: Layout) -> Tensor:
+    # of each group [n, b * H, L, D] -> [T, n, H, D]; padding cells are left out
+    flat = []
+    for part, group in zip(cells, layout.groups, strict=True):
+        n, _, length, size = part.shape
+        split = part.view(n, group.batch, -1, length, size).permute(1, 3, 0, 2, 4)
+        flat.append(split.reshape(group.batch * length, n, -1, size))
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)).index_select(0, layout.cell_of_row)
 
 
-def _probabilities(q: Tensor, k: Tensor, layout: Layout, group: Group, scale: float, window: int | None) -> Tensor:
-    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
+def _scaled_product(a: Tensor, b: Tensor, factor: float) -> Tensor:
+    # factor * a b in one pass; the first argument is not read when beta is 0
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=factor)
+
+
+def _scores(q: Tensor, k: Tensor, layout: Layout, group: Group, scale: float, window: int | None) -> Tensor:
+    scores = _scaled_product(q, k.transpose(-1, -2), scale)
     if group.mask is not None:
-        scores += group.mask.to(scores.dtype) * _low(scores.dtype)
+        low = group.mask.to(scores.dtype) * _low(scores.dtype)
+        scores.view(group.batch, -1, *scores.shape[1:]).add_(low[:, None, None, :])
     if window is not None and window < group.length - 1:
         scores += layout.window_mask(group.length, window, scores)
-    return torch.softmax(scores, dim=-1)
+    return scores
 
 
 class _PackedAttention(torch.autograd.Function):
+    """Few and whole passes: on CPU each small operation costs more for waking the threads than for its arithmetic."""
+
     @staticmethod
-    def forward(ctx, q, k, v, layout: Layout, scale: float, p: float, window: int | None) -> Tensor:  # type: ignore[override]
-        out = torch.empty_like(v)
-        saved: list[Tensor] = []
+    def forward(ctx, qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor:  # type: ignore[override]
         drop = round(p * LEVELS) > 0
+        factor = scale_of(p)
+        out, saved = [], []
         for group in layout.groups:
-            qg, kg, vg = (_cells(x, group) for x in (q, k, v))
-            probabilities = _probabilities(qg, kg, layout, group, scale, window)
-            keep = keep_mask(probabilities.shape, p, q.device) if drop else None
-            used = (probabilities * keep).mul_(scale_of(p)) if keep is not None else probabilities
-            _put_rows(out, torch.matmul(used, vg), group)
-            saved += [probabilities] if keep is None else [probabilities, keep]
-        ctx.save_for_backward(q, k, v, *saved)
-        ctx.layout, ctx.scale, ctx.p, ctx.drop = layout, scale, p, drop
-        return out
+            q, k, v = _cells(qkv, group)
+            probabilities = torch.softmax(_scores(q, k, layout, group, scale, window), dim=-1)
+            saved.append(probabilities)
+            if drop:
+                keep = keep_mask(probabilities.shape, p, qkv.device)
+                saved.append(keep)
+                out.append(_scaled_product(probabilities * keep, v, factor)[None])
+            else:
+                out.append(torch.bmm(probabilities, v)[None])
+        ctx.save_for_backward(qkv, *saved)
+        ctx.layout, ctx.scale, ctx.factor, ctx.drop = layout, scale, factor, drop
+        return _rows(out, layout)[:, 0]
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        q, k, v, *saved = ctx.saved_tensors
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        each = 2 if ctx.drop else 1
-        for i, group in enumerate(ctx.layout.groups):
-            probabilities = saved[each * i]
-            qg, kg, vg, gg = (_cells(x, group) for x in (q, k, v, grad))
-            if group.token_index is not None:
-                # A padding cell repeats a real row; it must not add to any gradient.
-                real = (group.mask == 0).transpose(-1, -2)
-                gg = gg * real
-            used = probabilities
-            dp = torch.matmul(gg, vg.transpose(-1, -2))
+        qkv, *saved = ctx.saved_tensors
+        layout, scale, factor = ctx.layout, ctx.scale, ctx.factor
+        gradients = []
+        for group in layout.groups:
+            q, k, v = _cells(qkv, group)
+            (g,) = _cells(grad[:, None], group)
+            if group.mask is not None:  # a padding cell repeats a real row; it must not add to any gradient
+                g.view(group.batch, -1, *g.shape[1:]).mul_((1 - group.mask).to(g.dtype)[:, None, :, None])
+            probabilities = used = saved.pop(0)
+            slope = _scaled_product(g, v.transpose(-1, -2), factor)
             if ctx.drop:
-                keep, factor = saved[each * i + 1], scale_of(ctx.p)
-                used = (probabilities * keep).mul_(factor)
-                dp = (dp * keep).mul_(factor)
-            ds = torch.ops.aten._softmax_backward_data(dp, probabilities, -1, probabilities.dtype).mul_(ctx.scale)
-            _put_rows(dv, torch.matmul(used.transpose(-1, -2), gg), group)
-            _put_rows(dq, torch.matmul(ds, kg), group)
-            _put_rows(dk, torch.matmul(ds.transpose(-1, -2), qg), group)
-        return dq, dk, dv, None, None, None, None
+                keep = saved.pop(0)
+                used = probabilities * keep
+                slope.mul_(keep)
+            slope = torch.ops.aten._softmax_backward_data(slope, probabilities, -1, probabilities.dtype)
+            cells = q.new_empty(3, *q.shape)
+            nothing = q.new_empty(1, 1, 1)
+            torch.baddbmm(nothing, slope, k, beta=0, alpha=scale, out=cells[0])
+            torch.baddbmm(nothing, slope.transpose(-1, -2), q, beta=0, alpha=scale, out=cells[1])
+            torch.baddbmm(nothing, used.transpose(-1, -2), g, beta=0, alpha=factor, out=cells[2])
+            gradients.append(cells)
+        return _rows(gradients, layout), None, None, None, None
 
 
 def packed_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Layout,
-    *,
-    scale: float,
-    dropout_p: float = 0.0,
-    window: int | None = None,
+    qkv: Tensor, layout: Layout, *, scale: float, dropout_p: float = 0.0, window: int | None = None
 ) -> Tensor:
     """Attention of every token to the tokens of its own sequence, within `window` positions on either side.
 
-    Shape: q, k, v [T, H, D] -> [T, H, D]. Dropout comes from torch's generator of the device.
+    Shape: qkv [T, 3, H, D] -> [T, H, D]. Dropout comes from torch's generator of the device.
     """
-    flash = _flash_attention(q, k, v, layout, scale, dropout_p, window)
+    flash = _flash_attention(qkv, layout, scale, dropout_p, window)
     if flash is not None:
         return flash
-    return _PackedAttention.apply(q, k, v, layout, scale, dropout_p, window)
+    return _PackedAttention.apply(qkv, layout, scale, dropout_p, window)
 
 
-def _flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, p: float, window: int | None
-) -> Tensor | None:
-    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
+def _flash_attention(qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor | None:
+    if not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16) or qkv.shape[-1] > 256:
         return None
+    q, k, v = qkv.unbind(1)
     longest = max(layout.lengths)
     side = -1 if window is None else window
     return torch.ops.aten._flash_attention_forward(
@@ -252,14 +253,16 @@ def first_row_attention(
 
     Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D].
     """
+    kv = torch.stack((k, v), dim=1)
+    heads = q.shape[1]
     out = []
-    members = []
     for group, rows in zip(layout.groups, layout.members, strict=True):
-        kg, vg = _cells(k, group), _cells(v, group)
-        scores = torch.matmul(q.index_select(0, rows)[:, :, None], kg.transpose(-1, -2)) * scale
+        kg, vg = _cells(kv, group)
+        queries = q.index_select(0, rows).view(group.batch * heads, 1, -1)
+        scores = torch.bmm(queries, kg.transpose(-1, -2)) * scale
         if group.mask is not None:
-            scores = scores + group.mask.to(scores.dtype) * _low(scores.dtype)
+            low = group.mask.to(scores.dtype) * _low(scores.dtype)
+            scores = scores + low.repeat_interleave(heads, dim=0)[:, None]
         used = dropout(torch.softmax(scores, dim=-1), dropout_p)
-        out.append(torch.matmul(used, vg)[:, :, 0])
-        members.append(rows)
-    return torch.empty_like(q).index_copy(0, torch.cat(members), torch.cat(out))
+        out.append(torch.bmm(used, vg).view(group.batch, heads, -1))
+    return torch.empty_like(q).index_copy(0, torch.cat(layout.members), torch.cat(out))

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from regraft.kernels.attention import first_row_attention, packed_attention, plan_groups, plan_layout
+from regraft.kernels.attention import first_row_attention, plan_groups, plan_layout
+from regraft.kernels.attention import packed_attention as attention_of_merged
 from regraft.kernels.dropout import scale_of
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout, **options) -> Tensor:
+    return attention_of_merged(torch.stack((q, k, v), dim=1), layout, **options)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None) -> Tensor:
