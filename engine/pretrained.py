@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regraft.engine.errors import ModelError, nearest
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from regraft.engine.config import ModelConfig
     from regraft.engine.tasks import Task
+
+
+FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "data2vec-text", "longformer", "mpnet", "xlm-roberta-xl"})
 
 
 def resolve(name: str) -> str:
@@ -42,6 +46,29 @@ def resolve(name: str) -> str:
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name: {path}: not a model folder: config.json is missing")
     return str(path)
+
+
+def position_limit(name: str) -> int | None:
+    """Most tokens a sequence may have by the model's position table; None where its config does not say.
+
+    The RoBERTa family counts positions from padding_idx + 1, so its table holds that many fewer.
+    """
+    file = Path(name) / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else _hub_config(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(explain(name, error)) from None
+    limit = values.get("max_position_embeddings")
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    counts_from_padding = values.get("model_type") in FROM_PADDING
+    return limit - (values.get("pad_token_id") or 0) - 1 if counts_from_padding else limit
+
+
+def _hub_config(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(name).to_dict()
 
 
 def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:

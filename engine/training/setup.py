@@ -18,7 +18,7 @@ from regraft.engine.data.split import split_dev
 from regraft.engine.data.tokens import TokenStore, tokenize
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.machine import cpu_has_bf16
-from regraft.engine.pretrained import resolve
+from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import Task, build_task
 from regraft.engine.threads import available_threads
 
@@ -54,13 +54,14 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     Raises DataError and ModelError.
     """
     data, kind = config.data, config.task.type
-    tokenizer = load_fast_tokenizer(resolve(config.model.name), revision=config.model.revision)
-    limit = min(tokenizer.max_length or 512, 512)
-    if config.model.max_length is not None and tokenizer.max_length and config.model.max_length > tokenizer.max_length:
+    name = resolve(config.model.name)
+    tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
+    takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
+    if config.model.max_length is not None and takes and config.model.max_length > min(takes):
         raise ConfigError(
-            f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {tokenizer.max_length} tokens"
+            f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
         )
-    max_length = config.model.max_length or limit
+    max_length = config.model.max_length or min([*takes, 512])
     train = read_rows(data, "train", task_type=kind)
     task = build_task(config.task, train, data.columns.label)
     if data.dev is not None:

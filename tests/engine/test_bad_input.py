@@ -73,6 +73,15 @@ def test_a_length_beyond_the_model_is_refused_and_long_texts_are_counted(make_co
     assert "8 cut to 64 tokens (224 tokens lost)" in done.stderr
 
 
+def test_the_position_table_bounds_the_length_where_the_tokenizer_does_not(make_config, tmp_path, tiny_model):
+    copy = tmp_path / "silent"
+    shutil.copytree(tiny_model, copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    del settings["model_max_length"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "takes at most 64 tokens" in refused(make_config(), f"model.name={copy}", "model.max_length=65")
+
+
 def test_a_model_folder_without_tokenizer_is_refused(make_config, tmp_path, tiny_model):
     bare = tmp_path / "bare"
     bare.mkdir()
