@@ -55,7 +55,7 @@ def bind_merged_projections(running: RunningModel) -> int:
     """Queries, keys and values of BERT-like attention in one matrix product instead of three; returns how many."""
     found = [module for module in running.model.modules() if _splits_into_heads(module)]
     for module in found:
-        module.forward = _merged_attention_forward.__get__(module)  # type: ignore[method-assign]
+        module.forward = _merged_attention_forward.__get__(module)
     return len(found)
 
 
@@ -90,7 +90,7 @@ def bind_last_layer(running: RunningModel) -> bool:
     handles, running._handles = running._handles, []
     for handle in handles:
         handle.remove()
-    layer.forward = _first_rows_forward.__get__(layer)  # type: ignore[method-assign]
+    layer.forward = _first_rows_forward.__get__(layer)
     try:
         same = torch.allclose(_logits(running, batch), before, rtol=PROOF_TOLERANCE, atol=PROOF_TOLERANCE)
     except Exception:

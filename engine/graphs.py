@@ -110,7 +110,7 @@ def _padded_mask(*_: Any, attention_mask: Tensor | None = None, **__: Any) -> Te
     return None if attention_mask is None else torch.where(attention_mask > 0, 0.0, -1e9)[:, None, None]
 
 
-def _use_padded_attention(model: nn.Module) -> None:
+def _use_padded_attention(model: Any) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -121,6 +121,8 @@ def _use_padded_attention(model: nn.Module) -> None:
 
 
 class _PaddedGraph(nn.Module):
+    model: Any
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
@@ -132,11 +134,11 @@ class _PaddedGraph(nn.Module):
         return self.model(**inputs).logits.float()
 
 
-AXES: dict[str, dict[int, str]] = {
+AXES: dict[str, dict[str, dict[int, str]]] = {
     "packed": {"input_ids": {0: "T"}, "position_ids": {0: "T"}, "pad_index": {0: "B", 1: "L"}}
     | {"token_index": {0: "T"}, "lengths": {0: "B"}, "token_type_ids": {0: "T"}},
     "padded": {name: {0: "B", 1: "L"} for name in ("input_ids", "attention_mask", "token_type_ids")},
-}  # type: ignore[assignment]
+}
 
 
 def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:

@@ -31,7 +31,7 @@ class PackedState:
 
 
 def _attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -64,7 +64,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
-def last_layer(model: nn.Module) -> nn.Module | None:
+def last_layer(model: Any) -> nn.Module | None:
     """The module whose output is the last layer's hidden states [1, T, H]; None where it cannot be told."""
     backbone = model.base_model
     depth = getattr(model.config, "num_hidden_layers", None)
@@ -79,6 +79,8 @@ class RunningModel(nn.Module):
 
     `packed` tells how it runs; `reason` why it does not run packed, else "".
     """
+
+    model: Any  # transformers' classes share no useful type
 
     def __init__(self, model: nn.Module, *, pad_token_id: int) -> None:
         super().__init__()
@@ -186,7 +188,7 @@ class RunningModel(nn.Module):
 
     def _install(self) -> None:
         for module in self.model.modules():
-            module.regraft_state = self._state  # type: ignore[assignment]
+            module.regraft_state = self._state
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
             return
@@ -214,7 +216,7 @@ def _replace_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
-def _numbers_from_padding(model: nn.Module) -> bool:
+def _numbers_from_padding(model: Any) -> bool:
     # The RoBERTa family counts positions from padding_idx + 1.
     return any(hasattr(m, "create_position_ids_from_input_ids") for m in model.base_model.modules())
 

@@ -47,13 +47,14 @@ class PackedBatch:
         return max(self.lengths)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+        types = None if self.token_type_ids is None else move(self.token_type_ids)
         return PackedBatch(
             move(self.input_ids),
             move(self.position_ids),
             move(self.cu_seqlens),
             self.lengths,
-            move(self.token_type_ids),
+            types,
         )
 
 

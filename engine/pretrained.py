@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from regraft.engine.tasks import Task
 
 
-FROM_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "data2vec-text", "longformer", "mpnet", "xlm-roberta-xl"})
+FROM_PADDING = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "data2vec-text", "longformer", "mpnet", "xlm-roberta-xl"}
+)
 
 
 def resolve(name: str) -> str:

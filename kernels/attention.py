@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +167,7 @@ class _PackedAttention(torch.autograd.Function):
     """Few and whole passes: on CPU each small operation costs more for waking the threads than for its arithmetic."""
 
     @staticmethod
-    def forward(ctx, qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor:
         drop = round(p * LEVELS) > 0
         factor = scale_of(p)
         out, saved = [], []
@@ -185,7 +186,7 @@ class _PackedAttention(torch.autograd.Function):
         return _rows(out, layout)[:, 0]
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         qkv, *saved = ctx.saved_tensors
         layout, scale, factor = ctx.layout, ctx.scale, ctx.factor
         gradients = []

@@ -10,6 +10,8 @@ the same dense gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,13 @@ class RowGradient:
 
 class _RowEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids: Tensor, weight: Tensor, gradient: RowGradient) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, gradient: RowGradient) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.gradient = gradient
         return torch.nn.functional.embedding(ids, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
         (ids,) = ctx.saved_tensors
         ctx.gradient.add(ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
         return None, None, None

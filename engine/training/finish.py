@@ -55,7 +55,7 @@ def load_best(run: _Run) -> None:
     from safetensors.torch import load_file
 
     weights = load_file(run.folder / "best" / "model.safetensors")
-    run.running.model.load_state_dict(weights, strict=False)
+    run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
 
 
 def _evaluate(run: _Run, split: Split, task: Task) -> Evaluation:

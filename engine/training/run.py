@@ -7,7 +7,8 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,9 @@ class _Run:
             self.running.use_kernels()
         if config.method == "frozen":
             freeze_backbone(self.running)
+        everything = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.vocabulary = self.use_rows_in_use(model)
         self.set_training_mode()
         train_split = self.data.splits["train"]
         self.plan = Plan(len(train_split.rows), training.batch_size, training.seed, training.epochs, training.max_steps)
@@ -223,13 +227,33 @@ class _Run:
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
         )
-        trained = sum(p.numel() for p in self.parameters)
-        everything = sum(p.numel() for p in model.parameters())
         how = "packed" if self.running.packed else "padded"
         self.say(
             f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
             f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
         )
+
+    def use_rows_in_use(self, model: Any) -> Any:
+        """Cut the word embedding down to the rows that the run's texts name; None where that gains nothing."""
+        from torch import nn
+
+        from regraft.engine.vocabulary import WORTH_IT, UsedRows, rows_in_use
+
+        table = model.get_input_embeddings()
+        own_table = type(table) is nn.Embedding and table.weight.requires_grad
+        if self.config.model.kernels == "off" or not self.running.packed or not own_table:
+            return None
+        always = [self.running.pad_token_id] + ([] if table.padding_idx is None else [table.padding_idx])
+        rows = rows_in_use([split.store.ids for split in self.data.splits.values()], always, table.num_embeddings)
+        if len(rows) > WORTH_IT * table.num_embeddings:
+            return None
+        used = UsedRows(model, rows, self.config.training.ema)
+        splits = {
+            name: replace(split, store=replace(split.store, ids=used.renumber(split.store.ids)))
+            for name, split in self.data.splits.items()
+        }
+        self.data = replace(self.data, splits=splits)
+        return used
 
     def bind_row_gradient(self, model: Any) -> Any:
         from regraft.engine.fast import bind_embedding
@@ -260,6 +284,8 @@ class _Run:
             self.state = load_checkpoint(
                 latest, self.running.model, self.optimizer, self.accelerator.scaler, self.averaged
             )
+            if self.vocabulary:
+                self.vocabulary.decayed, self.vocabulary.averaged = self.state.extra["vocabulary"]
             self.say(f"going on from step {self.state.step} ({latest})")
         self.history = None
         if main:
@@ -301,6 +327,8 @@ class _Run:
             state.bad_in_a_row = 0
             if self.averaged:
                 self.averaged.update()
+            if self.vocabulary:
+                self.vocabulary.stepped(self.optimizer)
         else:
             state.skipped += 1
             state.bad_in_a_row += 1
@@ -399,7 +427,8 @@ class _Run:
         from regraft.engine.trained import save_trained
 
         if self.accelerator.is_main_process:
-            save_trained(self.folder / "best", self.running, self.config, self.data)
+            with self.vocabulary.whole() if self.vocabulary else nullcontext():
+                save_trained(self.folder / "best", self.running, self.config, self.data)
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every
@@ -415,7 +444,10 @@ class _Run:
 
         if self.accelerator.is_main_process and self.history:
             self.state.history_bytes = self.history.bytes
-            self.state.extra = {"window": [[i.step, i.tokens, i.seconds, i.loss] for i in self.window]}
+            self.state.extra = (
+                {"vocabulary": [self.vocabulary.decayed, self.vocabulary.averaged]} if self.vocabulary else {}
+            )
+            self.state.extra |= {"window": [[i.step, i.tokens, i.seconds, i.loss] for i in self.window]}
             save_checkpoint(
                 self.checkpoints,
                 self.state,

@@ -5,6 +5,7 @@ So the same step is taken in one micro-batch or eight, on one process or two.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ class Stepper:
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: torch.optim.AdamW
-    parameters: list[torch.Tensor]
+    parameters: Sequence[torch.Tensor]
     task: Task
     store: TokenStore
     targets: np.ndarray

@@ -6,9 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import serving_support  # noqa: F401
-from running import post
-
 from bundles import MAX_LENGTH, TASKS, reference_logits, session
+from running import post
 
 
 def test_each_answer_says_how_many_tokens_were_cut() -> None:

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import serving_support  # noqa: F401
+from bundles import bundle, session
 from running import Gate, running_server, scheduling
 
-from bundles import bundle, session
 from regraft.serve.http import create_app
 
 

@@ -4,9 +4,9 @@ one bad item fails its whole batch (text-embeddings-inference)."""
 from __future__ import annotations
 
 import serving_support  # noqa: F401
+from bundles import session
 from running import PATIENCE, GatedModel, item, scheduling
 
-from bundles import session
 from regraft.serve.tickets import Failure
 
 

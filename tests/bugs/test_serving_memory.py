@@ -8,9 +8,8 @@ import httpx
 import numpy as np
 import psutil
 import serving_support  # noqa: F401
-from running import running_server
-
 from bundles import bundle
+from running import running_server
 
 MEBIBYTE = 1 << 20
 

@@ -8,9 +8,9 @@ from collections import Counter
 
 import httpx
 import serving_support  # noqa: F401
+from bundles import bundle
 from running import Gate, over_http, running_server
 
-from bundles import bundle
 from regraft.serve.scheduler import Run
 
 GOOD = {"inputs": "good film"}  # four tokens

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import serving_support  # noqa: F401
-
 from bundles import bundle
 
 CODE = """

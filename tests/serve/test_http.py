@@ -5,9 +5,9 @@ from typing import Any
 
 import httpx
 import pytest
+from bundles import TASKS, session
 from running import over_http, post
 
-from bundles import TASKS, session
 from regraft.serve.schemas import example_answer
 
 
