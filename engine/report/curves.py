@@ -72,7 +72,9 @@ def metric_figure(data: ReportData, until: float) -> Markup | None:
     shares = all(n in SHARES for n in names)
     written: Callable[[float], str] = (lambda v: percent(v).replace(".0%", "%")) if shares else compact
     where = finite([(data.best[0], data.best[2])]) if data.best and lines else []
-    best: dict[str, Any] = {"best": where[0], "ring": f"best: {metric_value(str(chosen), where[0][1])}"} if where else {}
+    best: dict[str, Any] = (
+        {"best": where[0], "ring": f"best: {metric_value(str(chosen), where[0][1])}"} if where else {}
+    )
     return figure(f"Evaluation on {data.split}", lines, until=until, floor=None, roof=1.0, written=written, **best)
 
 
