@@ -6,7 +6,7 @@ import ctypes
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,12 +14,13 @@ _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file's content at once."""
+def write_bytes(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Replace the file's content at once. Raises OSError, leaving nothing behind."""
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with beside.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -27,6 +28,12 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Replace the file's content by `text` in UTF-8 (half a surrogate pair, which UTF-8 lacks, becomes '?')."""
+    write_bytes(path, [text.encode("utf-8", errors="replace")])
+    return path
 
 
 @contextmanager

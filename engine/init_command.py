@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
         dev=args.dev,
         test=args.test,
     )
-    from regraft.engine.data.cache import write_whole
+    from regraft.engine.files import write_text
 
     try:
-        write_whole(out, [text.encode()])
+        write_text(out, text)
     except OSError as error:
         raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
     print(*(line.removeprefix("# ") for line in text.splitlines()[1:] if line.startswith("# ")), sep="\n")

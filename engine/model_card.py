@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from regraft.engine.files import write_text
 from regraft.engine.report.data import ReportData
-from regraft.engine.report.files import write_whole
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent
 from regraft.engine.report.provenance import dropped
 from regraft.engine.report.summary import model_name, summary
@@ -64,7 +64,7 @@ def write_model_card(folder: Path, data: ReportData) -> Path:
         *_training(data),
         *_limits(data),
     ]
-    return write_whole(Path(folder) / "README.md", f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n")
+    return write_text(Path(folder) / "README.md", f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n")
 
 
 def front_matter(data: ReportData) -> dict[str, Any]:

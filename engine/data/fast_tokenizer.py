@@ -16,9 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regraft.engine.data.cache import cache_folder, write_whole
+from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.reach import offline_if_unreachable
 from regraft.engine.errors import ModelError
+from regraft.engine.files import write_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,7 +70,7 @@ class FastTokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json, which `tokenizers.Tokenizer.from_file` reads without any other file."""
-        write_whole(Path(folder) / "tokenizer.json", [self.backend.to_str(pretty=True).encode()])
+        write_text(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
 
 
 def load_fast_tokenizer(
@@ -165,7 +166,8 @@ def _content_key(folder: Path) -> str:
 def _keep(tokenizer: FastTokenizer, path: Path) -> None:
     content = {"settings": tokenizer.settings(), "tokenizer": tokenizer.backend.to_str()}
     try:
-        write_whole(path, [json.dumps(content).encode()])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(content))
     except OSError as error:
         log.warning("%s: the tokenizer cannot be kept there for the next run: %s", path.parent, error)
 

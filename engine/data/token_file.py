@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.engine.data.cache import write_whole
+from regraft.engine.files import write_bytes
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,8 @@ def write_arrays(path: Path, given: dict[str, np.ndarray | None], counts: dict[s
     for array in arrays.values():
         pieces += [bytes(-end % ALIGN), array.data.cast("B")]
         end += -end % ALIGN + array.nbytes
-    write_whole(path, pieces)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, pieces)
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, int]] | None:

@@ -6,10 +6,10 @@ import base64
 import hashlib
 from pathlib import Path
 
+from regraft.engine.files import write_text
 from regraft.engine.report import provenance, sections
 from regraft.engine.report.curves import training_curves
 from regraft.engine.report.data import ReportData
-from regraft.engine.report.files import write_whole
 from regraft.engine.report.markup import Markup, el
 from regraft.engine.report.style import SCRIPT, STYLE
 from regraft.engine.report.summary import summary
@@ -30,7 +30,7 @@ PARTS = (
 
 def write_report(folder: Path, data: ReportData) -> Path:
     """Write `report.html` into the run folder, whole or not at all, and return its path."""
-    return write_whole(Path(folder) / "report.html", render(data))
+    return write_text(Path(folder) / "report.html", render(data))
 
 
 def render(data: ReportData) -> str:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regraft.engine.data.rows import Rows
-from regraft.engine.errors import ConfigError, DataError, nearest
+from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.tasks.base import Metrics, Prediction, Task, ranked
-from regraft.engine.tasks.labels import find_names, label_index
+from regraft.engine.tasks.labels import find_names, label_index, named_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,12 +64,7 @@ class Classification(Task):
         if config.class_weights == "balanced":
             task.class_weights = (len(train) / (len(names) * np.maximum(counts, 1))).astype(np.float32)
         elif isinstance(config.class_weights, Mapping):
-            for name in config.class_weights:
-                if name not in names:
-                    raise ConfigError(
-                        f"task.class_weights: {name!r} is not a label of {train.path}{nearest(name, names)}"
-                    )
-            task.class_weights = np.array([config.class_weights.get(n, 1.0) for n in names], dtype=np.float32)
+            task.class_weights = named_weights(config.class_weights, names, train)
         return task
 
     @classmethod

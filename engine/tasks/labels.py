@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from regraft.engine.data.rows import Rows
-from regraft.engine.errors import DataError, nearest
+from regraft.engine.errors import ConfigError, DataError, nearest
 
 
 def name_of(value: Any) -> str:
@@ -60,3 +61,11 @@ def label_index(
         row = int(np.flatnonzero(numbers < 0)[0])
         raise unknown_label(labels, rows, row, label_column, name_of(rows.labels[row]))
     return numbers[kept], kept
+
+
+def named_weights(given: Mapping[str, float], names: tuple[str, ...], train: Rows) -> np.ndarray:
+    """A weight for each label, 1 where none is given, [C] float32. Raises ConfigError for a name that is no label."""
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"task.class_weights: {name!r} is not a label of {train.path}{nearest(name, names)}")
+    return np.array([given.get(name, 1.0) for name in names], dtype=np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import serving_support  # noqa: F401
 from bundles import MAX_LENGTH, TASKS, reference_logits, session
 from running import post

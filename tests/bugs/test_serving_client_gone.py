@@ -10,11 +10,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+
 import serving_support  # noqa: F401
 from bundles import bundle, session
-from running import Gate, running_server, scheduling
-
 from regraft.serve.http import create_app
+from running import Gate, running_server, scheduling
 
 
 async def call(app: Any, body: dict[str, Any], leave: asyncio.Event) -> list[dict[str, Any]]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import serving_support  # noqa: F401
 from bundles import session
-from running import PATIENCE, GatedModel, item, scheduling
-
 from regraft.serve.tickets import Failure
+from running import PATIENCE, GatedModel, item, scheduling
 
 
 def test_one_bad_item_fails_alone_and_its_batch_is_answered() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import httpx
 import numpy as np
 import psutil
+
 import serving_support  # noqa: F401
 from bundles import bundle
 from running import running_server

@@ -7,11 +7,11 @@ import asyncio
 from collections import Counter
 
 import httpx
+
 import serving_support  # noqa: F401
 from bundles import bundle
-from running import Gate, over_http, running_server
-
 from regraft.serve.scheduler import Run
+from running import Gate, over_http, running_server
 
 GOOD = {"inputs": "good film"}  # four tokens
 

@@ -7,11 +7,11 @@ import time
 
 import httpx
 import pytest
-import serving_support  # noqa: F401
-from running import PATIENCE, GatedModel, item, over_http, scheduling
 
+import serving_support  # noqa: F401
 from regraft.serve.scheduler import Run
 from regraft.serve.tickets import NotReady, Ticket
+from running import PATIENCE, GatedModel, item, over_http, scheduling
 
 
 def refusal(ticket: Ticket) -> str:

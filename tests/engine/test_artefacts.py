@@ -12,8 +12,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import regraft
 
+from conftest import regraft
 from regraft.engine.bundle import read_info
 from regraft.engine.config import load_config
 from regraft.engine.errors import BundleError, ExportError

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import regraft
 from safetensors.torch import load_file
 
+from conftest import regraft
 from regraft.engine.config import load_config
 from regraft.engine.errors import TrainingError
 from regraft.engine.training.order import Plan, share_by_tokens

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import httpx
 import numpy as np
-from bundles import session
 
+from bundles import session
 from regraft.serve.http import create_app
 from regraft.serve.scheduler import Run, Scheduler
 from regraft.serve.settings import ServeSettings

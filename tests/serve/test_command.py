@@ -13,10 +13,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from bundles import bundle
-from running import PATIENCE, Running, command, running_server
 
+from bundles import bundle
 from regraft.serve.command import register
+from running import PATIENCE, Running, command, running_server
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ from typing import Any
 
 import httpx
 import pytest
-from bundles import TASKS, session
-from running import over_http, post
 
+from bundles import TASKS, session
 from regraft.serve.schemas import example_answer
+from running import over_http, post
 
 
 def predictions(body: Any, **options: Any) -> list[dict[str, Any]]:

@@ -4,11 +4,11 @@ from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
-from bundles import session
-from running import PATIENCE, PROBE, GatedModel, item, scheduling
 
+from bundles import session
 from regraft.serve.scheduler import Scheduler
 from regraft.serve.tickets import Failure, NotReady, Outcome, Overloaded, Ticket, TooLarge
+from running import PATIENCE, PROBE, GatedModel, item, scheduling
 
 
 def marks(ticket: Ticket) -> list[int]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import MAX_LENGTH, TASKS, WORDS, bundle, make_bundle, reference_logits, session
 
+from bundles import MAX_LENGTH, TASKS, WORDS, bundle, make_bundle, reference_logits, session
 from regraft.engine.bundle import write_info
 from regraft.engine.errors import BundleError
 from regraft.engine.threads import available_threads

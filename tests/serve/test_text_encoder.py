@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bundles import MAX_LENGTH, bundle
 
+from bundles import MAX_LENGTH, bundle
 from regraft.engine.errors import BundleError
 from regraft.serve.tokens import TextEncoder
 
