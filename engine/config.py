@@ -181,6 +181,10 @@ class RunConfig(Section):
         return self
 
 
+# Keys, of the run and of training, that change where and how often a run writes and how fast it is, not its result.
+NOT_DECISIVE = frozenset({"run", "trackers", "checkpoint_every", "threads"})
+
+
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read a run's YAML file and apply `--set key=value` overrides.
 
@@ -225,10 +229,9 @@ def parse_config(values: dict[str, Any], *, source: str = "config", lines: dict[
 def config_hash(config: RunConfig) -> str:
     """Hash of all that decides the result of a run (not of where it is written or how often it is saved)."""
     data = config.model_dump(mode="json")
-    for key in ("run", "trackers"):
-        data.pop(key)
-    for key in ("checkpoint_every", "threads"):
-        data["training"].pop(key)
+    for section in (data, data["training"]):
+        for key in NOT_DECISIVE & section.keys():
+            section.pop(key)
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -141,7 +141,7 @@ class RunningModel(nn.Module):
         for module in self.model.modules():
             if "forward" in vars(module):
                 del module.forward  # what `use_kernels` bound
-        if self.packed:
+        if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._padded_attention)
         self.packed, self.reason = False, reason
 
@@ -153,12 +153,10 @@ class RunningModel(nn.Module):
             self.model.set_attn_implementation(ATTENTION)
             if self.model.config._attn_implementation != ATTENTION:
                 raise NotImplementedError("it has an attention of its own")
+            self._install()
         except Exception as error:  # whatever a model of unknown make raises: it cannot run packed
-            self.run_padded(
-                f"{type(self.model).__name__} does not take another attention function ({_first_line(error)})"
-            )
+            self.run_padded(f"{type(self.model).__name__} cannot be run packed ({_first_line(error)})")
             return
-        self._install()
         self.packed = True
         worst = float("inf")
         pad = self.model.config.pad_token_id
@@ -176,7 +174,7 @@ class RunningModel(nn.Module):
         )
 
     def use_kernels(self) -> None:
-        """Bind the fast forwards on this model's instances; parameters stay. What changes a logit is taken back."""
+        """Bind the fast forwards on this model's instances; parameters stay."""
         from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
 
         if next(self.model.parameters()).device.type == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import time
@@ -16,10 +15,11 @@ import numpy as np
 import yaml
 
 from regraft.engine.config import RunConfig, config_hash
-from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start
 from regraft.engine.progress import ProgressBar
+from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
 
 LOG_EVERY = 10
 CHECKPOINT_SECONDS = 60.0
@@ -35,17 +35,6 @@ class StepInfo:
     loss: float
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run left. `metrics`: of the best checkpoint, by split."""
-
-    folder: Path
-    best_step: int
-    metrics: dict[str, dict[str, float]]
-    seconds: float
-    steps: int
-
-
 def train(
     config: RunConfig,
     *,
@@ -57,12 +46,11 @@ def train(
 
     Raises RegraftError; the run folder then holds the last checkpoint and the best model so far.
     """
-    started = time.perf_counter()
     folder = Path(config.run)
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
-    run = _Run(config, folder, started, on_step, quiet)
+    run = _Run(config, folder, on_step, quiet)
     try:
         return run.go()
     except Exception as error:
@@ -74,60 +62,6 @@ def train(
         ) from error
 
 
-def disk_is_full(error: BaseException | None) -> bool:
-    """Whether a write failed for want of space; libraries wrap the system's error in their own or only quote it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(sign in str(error) for sign in ("No space left", "Disk quota exceeded", "os error 28")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult | None:
-    """Make the run folder ready; the result, where the same run has already finished.
-
-    Raises TrainingError when the folder belongs to a run with another configuration.
-    """
-    import shutil
-
-    mark = folder / "run.json"
-    if restart and int(os.environ.get("RANK", "0")) == 0:
-        for name in ("checkpoints", "best"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "run.json", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-    if not mark.exists():
-        return None
-    try:
-        state = json.loads(mark.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TrainingError(f"{mark}: cannot be read ({error}); start with --restart") from None
-    if state["config_hash"] != config_hash(config):
-        changed = _changed(state["config"], config.model_dump(mode="json"))
-        raise TrainingError(
-            f"{folder}: holds a run with another configuration ({changed}). Choose another run folder with "
-            "--set run=FOLDER, or start with --restart to replace it"
-        )
-    if not state.get("finished"):
-        return None
-    result = state["result"]
-    return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"])
-
-
-def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    parts = []
-    for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _changed(a, b, f"{prefix}{key}.")
-            parts += [inner] if inner else []
-        elif a != b and key not in ("run", "trackers", "threads", "checkpoint_every"):
-            parts.append(f"{prefix}{key}: {a} there, {b} here")
-    return "; ".join(parts)
-
-
 class _Run:
     """One run's parts. `go` is the recipe."""
 
@@ -135,11 +69,10 @@ class _Run:
         self,
         config: RunConfig,
         folder: Path,
-        started: float,
         on_step: Callable[[StepInfo], None] | None,
         quiet: bool,
     ) -> None:
-        self.config, self.folder, self.started, self.on_step, self.quiet = config, folder, started, on_step, quiet
+        self.config, self.folder, self.on_step, self.quiet = config, folder, on_step, quiet
 
     def go(self) -> RunResult:
         self.prepare()
@@ -150,8 +83,9 @@ class _Run:
             while self.state.step < self.plan.total_steps and not self.state.stopped_early:
                 self.take_step()
                 if self.evaluation_due():
-                    self.evaluate()
-                self.checkpoint_if_due()
+                    self.evaluate()  # ends in a checkpoint
+                else:
+                    self.checkpoint_if_due()
             if self.state.evaluated_at != self.state.step:
                 self.evaluate()
         return self.finish()
@@ -485,4 +419,4 @@ class _Run:
         return result
 
 
-__all__ = ["RegraftError", "RunResult", "StepInfo", "train"]
+__all__ = ["RunResult", "StepInfo", "train"]

@@ -131,6 +131,18 @@ def test_a_model_that_mixes_neighbours_is_caught_by_the_proof():
     assert "mixes sequences" in running.reason
 
 
+def test_a_model_whose_last_layer_is_not_found_runs_padded():
+    running = build("DistilBert", PACKED["DistilBert"])
+    batch = some_batch(5)
+    with torch.no_grad():
+        before = running(batch)
+        running.model.config.n_layers = 7  # no list of seven layers is there
+        running.run_packed()
+        assert not running.packed
+        assert "last layer was not found" in running.reason
+        assert torch.allclose(running(batch), before, atol=1e-6)
+
+
 def test_kernels_leave_the_state_dict_untouched():
     running = build("Bert", PACKED["Bert"])
     before = {k: v.clone() for k, v in running.model.state_dict().items()}
