@@ -17,7 +17,7 @@ import yaml
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.machine import seconds_since_process_start
+from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
 
@@ -60,6 +60,8 @@ def train(
             f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
             "again to go on"
         ) from error
+    finally:
+        thaw()
 
 
 class _Run:
@@ -75,8 +77,9 @@ class _Run:
         self.config, self.folder, self.on_step, self.quiet = config, folder, on_step, quiet
 
     def go(self) -> RunResult:
-        self.prepare()
-        self.build()
+        with start_without_collector():
+            self.prepare()
+            self.build()
         self.resume()
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
