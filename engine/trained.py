@@ -6,6 +6,7 @@ It loads with `AutoModelForSequenceClassification.from_pretrained` and gives the
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +42,8 @@ class Trained:
 def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: Prepared) -> None:
     """Write weights, config, tokenizer and facts, replacing `folder` at once."""
     with new_folder(folder) as beside:
-        running.model.save_pretrained(beside)
+        with running.output_scale.folded() if running.output_scale else nullcontext():
+            running.model.save_pretrained(beside)
         hugging_face_tokenizer(config.model).save_pretrained(beside)
         facts = {
             "task": data.task.spec(),

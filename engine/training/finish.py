@@ -56,6 +56,7 @@ def load_best(run: _Run) -> None:
 
     weights = load_file(run.folder / "best" / "model.safetensors")
     run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
+    run.running.output_scale = None  # it is in the saved weights
 
 
 def _evaluate(run: _Run, split: Split, task: Task) -> Evaluation:

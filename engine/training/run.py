@@ -112,6 +112,7 @@ class _Run:
         from accelerate.utils import ProjectConfiguration
 
         from regraft.engine.models import RunningModel
+        from regraft.engine.output_scale import scale_output
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
@@ -130,6 +131,8 @@ class _Run:
         torch.manual_seed(training.seed)  # a fresh head is drawn here
         model = load_classifier(config.model, self.data.task)
         self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id)
+        if self.data.task.scale is not None:
+            self.running.output_scale = scale_output(model, *self.data.task.scale)
         self.running.to(self.accelerator.device)
         if config.model.packing == "auto":
             self.running.run_packed()
