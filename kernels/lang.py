@@ -32,6 +32,9 @@ except ImportError:  # macOS, Windows, torch without CUDA
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRETED: Any = tl.constexpr(IS_INTERPRETED) if HAS_TRITON else IS_INTERPRETED
 
+# Interpreted, a program costs by its operations and not by its values: it gets more rows.
+MORE_ROWS = 16 if IS_INTERPRETED else 1
+
 
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, where there is Triton."""
@@ -44,6 +47,13 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
+
+
+def processors(device: Any) -> int:
+    """Multiprocessors of a CUDA device; 2 elsewhere. Kernels that sum over rows start a few programs for each."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @jit

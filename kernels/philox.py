@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from regraft.kernels.checks import expect, expect_range
 from regraft.kernels.dropout import LEVELS, scale_of
 from regraft.kernels.lang import jit, tl
 
@@ -25,14 +26,28 @@ _A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 
 def threshold_of(p: float) -> int:
     """A 16-bit draw below this drops. 0 means no dropout at all. Raises ValueError for p outside [0, 1)."""
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    expect_range("dropout p", p, 0, 1)
     return round(p * LEVELS)
 
 
 def make_seed(value: int, device: torch.device | str = "cpu") -> Tensor:
     """The seed tensor [1] int64 that kernels take."""
     return torch.tensor([value & ((1 << 63) - 1)], dtype=torch.int64, device=device)
+
+
+def resolve_seed(seed: Tensor | None, p: float, device: torch.device) -> Tensor | None:
+    """The seed a kernel takes: None where p drops nothing; drawn from torch's generator of the device where none is given.
+
+    Raises ValueError for p outside [0, 1) and for a seed that is not one int64 on `device`.
+    """
+    if not threshold_of(p):
+        return None
+    if seed is None:
+        return torch.randint((1 << 63) - 1, (1,), dtype=torch.int64, device=device)
+    expect("seed", seed, shape=(1,), dtype=torch.int64)
+    if seed.device != device:
+        raise ValueError(f"seed: is on {seed.device}, expected {device}")
+    return seed
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int, c3: Tensor | int) -> tuple[Tensor, ...]:

@@ -33,6 +33,15 @@ class Shipped:
     aligned: Sequence[str] = field(default_factory=tuple)
     wide_loads: bool = True
 
+    @classmethod
+    def of(
+        cls, name: str, kernel: Any, arguments: Mapping[str, str], constants: Mapping[str, Any], **options: Any
+    ) -> Shipped:
+        """From the types of the run-time arguments, which the constants follow in the order of the kernel's own list."""
+        order = getattr(kernel, "arg_names", [*arguments, *constants])  # interpreted kernels have the names too
+        signature = {n: "constexpr" if n in constants else arguments[n] for n in order}
+        return cls(name, kernel, signature, constants, **options)
+
 
 @dataclass(frozen=True)
 class Compiled:
