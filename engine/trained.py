@@ -107,7 +107,7 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     `merge`: work an adapter into the weights where that rounds nothing; the answers are the same and faster.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
@@ -121,18 +121,19 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = load_fast_tokenizer(str(folder))
+    task = task_from_spec(facts["task"])
     if is_adapter_folder(folder):
         adaptation = load_adapter(folder, facts)
         if merge and adaptation.mergeable:
             adaptation.merge()
     else:
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+            model = getattr(transformers, task.auto_model).from_pretrained(folder, dtype="float32")
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(explain(str(folder), error)) from None
         adaptation = Adaptation(facts.get("method", "full"), model)
     model = adaptation.model
-    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id)
+    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id, reads=task.reads)
     running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if packing == "auto":
         running.run_packed()
@@ -140,7 +141,7 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     running.eval()
     return Trained(
         folder,
-        task_from_spec(facts["task"]),
+        task,
         tokenizer,
         facts["max_length"],
         DataConfig.model_validate(facts["data"]),

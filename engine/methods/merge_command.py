@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from regraft.engine.errors import DataError, ModelError
+from regraft.engine.errors import ModelError
 from regraft.engine.files import new_folder
 from regraft.engine.trained import Trained, find_trained, load_trained, write_facts
 
 MAX_DRIFT = 1e-3
-RANDOM_ROWS = 64
 
 
 def add_parser(commands: Any) -> None:
@@ -51,11 +50,10 @@ def merge(model: str | Path, to: str | Path, *, data_file: str | None = None, ma
         raise ModelError(f"{folder}: method {before.adaptation.method} leaves a whole model; there is nothing to merge")
     if not before.adaptation.mergeable:
         before.adaptation.merge()  # says why it cannot be
-    source, rows = _rows(before, data_file)
-    expected = _logits(before, rows)
+    source, expected = _outputs(before, data_file)
     # Loaded again: the running model's forwards are bound to its unmerged layers.
     after = load_trained(folder, merge=True)
-    found = _logits(after, rows)
+    found = _outputs(after, data_file)[1]
     report = _report(to, source, expected, found)
     share = _drift(expected, found)
     if share > max_drift:
@@ -68,35 +66,15 @@ def merge(model: str | Path, to: str | Path, *, data_file: str | None = None, ma
     return report
 
 
-def _rows(trained: Trained, data_file: str | None) -> tuple[str, Any]:
-    from regraft.engine.data.tokens import encode
+def _outputs(trained: Trained, data_file: str | None) -> tuple[str, np.ndarray]:
+    """The model's logits for held-out rows, one after the other: [n, C]."""
+    from regraft.engine.evaluation import run_all
     from regraft.engine.heldout import encoded, heldout_rows
 
-    try:
-        rows, store, _ = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
-        return f"{len(rows):,} rows of {rows.path}", store
-    except DataError:
-        if data_file is not None:
-            raise
-    words = [w for w in trained.tokenizer.backend.get_vocab() if w.isalpha()]
-    draw = np.random.Generator(np.random.Philox(3))
-    texts = [" ".join(draw.choice(words, 12)) for _ in range(RANDOM_ROWS)]
-    store = encode(texts, None, trained.tokenizer, trained.max_length)
-    return f"{RANDOM_ROWS} texts of random words (the run's own rows are gone)", store
-
-
-def _logits(trained: Trained, store: Any) -> np.ndarray:
-    from regraft.engine.batches import by_length
-    from regraft.engine.evaluation import run_logits
-
-    found: np.ndarray | None = None
-    for batch in by_length(store.lengths, 8192):
-        logits = run_logits(trained.running, store, batch)
-        if found is None:
-            found = np.empty((len(store.lengths), *logits.shape[1:]), dtype=np.float32)
-        found[batch] = logits
-    assert found is not None
-    return found
+    made = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
+    made, _ = trained.task.draw(made, np.arange(len(made.store)), (0, 0))
+    outputs = run_all(trained.running, made)
+    return f"{len(made.rows):,} rows of {made.rows.path}", np.concatenate([np.atleast_2d(x) for x in outputs])
 
 
 def _drift(expected: np.ndarray, found: np.ndarray) -> float:

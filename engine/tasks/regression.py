@@ -79,6 +79,9 @@ class Regression(Task):
     def metrics(self) -> Metrics:
         return RegressionMetrics()
 
+    def example_answer(self) -> dict[str, Any]:
+        return {"label": 3.4}
+
     def decode(self, logits: np.ndarray) -> list[Prediction]:
         return [Prediction(float(x), {}) for x in logits[:, 0]]
 
