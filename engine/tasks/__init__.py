@@ -16,6 +16,7 @@ from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.classification import Classification
 from regraft.engine.tasks.multilabel import MultiLabel
 from regraft.engine.tasks.regression import Regression
+from regraft.engine.tasks.tagging import Tagging
 
 if TYPE_CHECKING:
     from regraft.engine.config import TaskConfig
@@ -25,13 +26,19 @@ __all__ = [
     "MultiLabel",
     "Prediction",
     "Regression",
+    "Tagging",
     "Task",
     "build_task",
     "task_class",
     "task_from_spec",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "multilabel": MultiLabel, "regression": Regression}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "tagging": Tagging,
+}
 
 
 def build_task(config: TaskConfig, train: Rows, label_column: str | int = "label") -> Task:
