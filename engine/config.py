@@ -39,13 +39,16 @@ class ModelConfig(Section):
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
-TASK_TYPES = ("classification", "multilabel", "regression", "tagging")
+TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering")
 # Keys of `task` that only some types read.
 USED_BY = {
     "tags": ("tagging",),
     "crf": ("tagging",),
     "alignment": ("tagging",),
-    "stride": ("tagging",),
+    "stride": ("tagging", "answering"),
+    "max_answer": ("answering",),
+    "n_best": ("answering",),
+    "normalise": ("answering",),
     "options": ("MODULE:CLASS",),
 }
 
@@ -66,6 +69,11 @@ class TaskConfig(Section):
     crf: bool = Field(False, description="tagging: a linear-chain CRF on top, with the scheme's constraints")
     alignment: Literal["first", "mean"] = Field("first", description="tagging: which of a word's tokens speak for it")
     stride: int | None = Field(None, ge=0, description="tokens that the windows of a long text share")
+    max_answer: int = Field(30, ge=1, description="answering: most tokens of an answer")
+    n_best: int = Field(5, ge=1, description="answering: how many candidates an answer lists")
+    normalise: Literal["auto", "english", "chinese"] = Field(
+        "auto", description="answering: how answers are compared: as SQuAD does, or as CMRC 2018"
+    )
     options: dict[str, Any] = Field({}, description="what a task of your own takes")
     metric: str | None = Field(None, description="what picks the best checkpoint; null: the task's own")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.tasks.answering import Answering
 from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.classification import Classification
 from regraft.engine.tasks.multilabel import MultiLabel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from regraft.engine.config import TaskConfig
 
 __all__ = [
+    "Answering",
     "Classification",
     "MultiLabel",
     "Prediction",
@@ -38,6 +40,7 @@ TASKS: dict[str, type[Task]] = {
     "multilabel": MultiLabel,
     "regression": Regression,
     "tagging": Tagging,
+    "answering": Answering,
 }
 
 

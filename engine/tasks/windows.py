@@ -15,7 +15,6 @@ from regraft.engine.data.fast_tokenizer import FastTokenizer
 from regraft.engine.data.tokens import TokenStore
 from regraft.engine.errors import DataError, ModelError
 
-
 SHARED = 64  # tokens that neighbouring windows share where nothing is set
 
 
