@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.methods.settings import (
+    SECTIONS,
+    AdapterSettings,
+    LoraSettings,
+    PromptSettings,
+    QuantiseSettings,
+    UnfreezeSettings,
+)
+from regraft.engine.section import Section
 
 Rule = Literal["error", "drop"]
 # YAML reads a bare `off` as false.
 AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = str | int
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ModelConfig(Section):
@@ -175,6 +180,10 @@ class TrainingConfig(Section):
     early_stopping: EarlyStopping | None = None
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row before training stops")
 
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to the host when a GPU is full"
+    )
+    gradient_checkpointing: bool = Field(False, description="keep one activation a layer, compute the others again")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
     checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
@@ -197,15 +206,32 @@ class RunConfig(Section):
     """Everything one run needs."""
 
     run: str = Field("runs/{name}", description="run folder; {name} is the name of this file")
-    method: Literal["full", "frozen"] = Field("full", description="full: fine-tune; frozen: train the head alone")
+    method: Literal["full", "frozen", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix"] = Field(
+        "full", description="full: fine-tune; frozen: train the head alone; the others: docs/methods.md"
+    )
+    lora: LoraSettings = LoraSettings()
+    quantise: QuantiseSettings = QuantiseSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    prompt: PromptSettings = PromptSettings()
+    unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]] = Field([])
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
+        for section, methods in SECTIONS.items():
+            if self.method not in methods and getattr(self, section) != type(getattr(self, section))():
+                raise ValueError(
+                    f"{section}: method: {self.method} does not use it; remove it or set method: "
+                    f"{' or '.join(sorted(methods))}"
+                )
+        if self.adapter.reduction is not None and self.adapter.size is not None:
+            raise ValueError("adapter.reduction: size says the same; give one of the two")
+        if self.lora.dora and self.method != "lora":
+            raise ValueError(f"lora.dora: method: {self.method} has no full-precision weights to decompose; remove it")
         if self.method == "frozen" and self.training.layer_decay != 1.0:
             raise ValueError(
                 "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.errors import ModelError
+from regraft.engine.output_scale import OutputScale
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
 
@@ -93,6 +94,7 @@ class RunningModel(nn.Module):
         self.position_offset = 0
         self.packed = False
         self.reason = ""
+        self.output_scale: OutputScale | None = None
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(model.forward).parameters)
         self._handles: list[Any] = []
@@ -104,7 +106,8 @@ class RunningModel(nn.Module):
         return "token_type_ids" in self._parameters_taken and getattr(self.model.config, "type_vocab_size", 0) > 1
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        return self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+        logits = self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+        return logits if self.output_scale is None else self.output_scale(logits)
 
     def _forward_packed(self, batch: PackedBatch) -> Tensor:
         types = batch.token_type_ids

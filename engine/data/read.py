@@ -117,17 +117,16 @@ def _open(
 def _stream_cells(stream: IO[bytes] | IO[str], data: DataConfig) -> Iterator[Cells]:
     pair = data.columns.text_pair
     for number, line in enumerate(_decoded(stream, data.encoding), 1):
-        place = at(STDIN, number)
         line = line.rstrip("\r\n")
         if line.startswith("{"):
-            values = parse_json_line(line, place)
-            yield number, *json_cells(values, data, line, place)
+            values = parse_json_line(line, STDIN, number)
+            yield number, *json_cells(values, data, line, STDIN, number)
         elif pair is None:
             yield number, line, None, None
         else:
             text, tab, other = line.partition("\t")
             if not tab:
-                raise DataError(f"{place}: expected a pair: two texts with a tab between, or a JSON object")
+                raise DataError(f"{at(STDIN, number)}: expected a pair: two texts with a tab between, or a JSON object")
             yield number, text, other, None
 
 

@@ -94,6 +94,7 @@ class Task(ABC):
     labels: tuple[str, ...]
     metric: str
     metrics_known: ClassVar[tuple[str, ...]]
+    scale: tuple[float, float] | None = None  # mean and spread of numeric targets, see output_scale.py
     smaller_is_better: ClassVar[tuple[str, ...]] = ("loss", "mse", "mae")
 
     @classmethod

@@ -53,8 +53,12 @@ def load_best(run: _Run) -> None:
     """Put the best checkpoint's weights into the model in memory."""
     from safetensors.torch import load_file
 
-    weights = load_file(run.folder / "best" / "model.safetensors")
-    run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
+    if run.adaptation.is_adapter:
+        run.adaptation.load(run.folder / "best")
+    else:
+        weights = load_file(run.folder / "best" / "model.safetensors")
+        run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
+    run.running.output_scale = None  # it is in the saved weights
 
 
 def _evaluate(run: _Run, split: Examples, task: Task) -> Evaluation:

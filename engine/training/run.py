@@ -17,7 +17,7 @@ import yaml
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.machine import seconds_since_process_start
+from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
 
@@ -60,6 +60,8 @@ def train(
             f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
             "again to go on"
         ) from error
+    finally:
+        thaw()
 
 
 class _Run:
@@ -75,8 +77,9 @@ class _Run:
         self.config, self.folder, self.on_step, self.quiet = config, folder, on_step, quiet
 
     def go(self) -> RunResult:
-        self.prepare()
-        self.build()
+        with start_without_collector():
+            self.prepare()
+            self.build()
         self.resume()
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
@@ -108,11 +111,14 @@ class _Run:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
+        from regraft.engine.methods.adapt import adapt
+        from regraft.engine.methods.speed import use_method_kernels
         from regraft.engine.models import RunningModel
+        from regraft.engine.output_scale import scale_output
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
-        from regraft.engine.training.setup import choose_token_budget, freeze_backbone
+        from regraft.engine.training.setup import choose_token_budget
         from regraft.engine.training.step import Stepper
 
         config, training = self.config, self.config.training
@@ -128,7 +134,11 @@ class _Run:
         task = self.data.task
         model = load_classifier(config.model, task)
         task.attach(model)
+        everything = sum(p.numel() for p in model.parameters())
+        self.adaptation = adapt(model, config, self.precision)
         self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id, reads=task.reads)
+        if task.scale is not None:
+            self.running.output_scale = scale_output(model, *task.scale)
         self.running.to(self.accelerator.device)
         if config.model.packing == "auto":
             self.running.run_packed()
@@ -136,15 +146,13 @@ class _Run:
                 self.say(f"padded: {self.running.reason}")
         if config.model.kernels == "auto":
             self.running.use_kernels()
-        if config.method == "frozen":
-            freeze_backbone(self.running)
-        everything = sum(p.numel() for p in model.parameters())
+            use_method_kernels(self.running, config, self.precision)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.vocabulary = self.use_rows_in_use(model)
         self.set_training_mode()
         train_split = self.data.splits["train"]
         self.plan = Plan(len(train_split), training.batch_size, training.seed, training.epochs, training.max_steps)
-        optimizer = build_optimizer(model, training)
+        optimizer = build_optimizer(model, training, plus_ratio=config.lora.plus_ratio)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
         self.optimizer = optimizer
@@ -362,7 +370,7 @@ class _Run:
 
         if self.accelerator.is_main_process:
             with self.vocabulary.whole() if self.vocabulary else nullcontext():
-                save_trained(self.folder / "best", self.running, self.config, self.data)
+                save_trained(self.folder / "best", self.running, self.config, self.data, self.adaptation)
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every

@@ -21,8 +21,6 @@ from regraft.engine.threads import available_threads
 if TYPE_CHECKING:
     import torch
 
-    from regraft.engine.models import RunningModel
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -146,12 +144,3 @@ def choose_token_budget(config: RunConfig, model: torch.nn.Module, precision: st
         free = torch.cuda.mem_get_info()[0]
         return int(min(262_144, max(1024, 0.6 * free / per_token)))
     return int(min(16_384, max(512, 0.4 * psutil.virtual_memory().available / per_token)))
-
-
-def freeze_backbone(running: RunningModel) -> None:
-    """Train the head alone; the backbone keeps its weights and runs without dropout."""
-    from regraft.engine.training.optimizer import head_names
-
-    head = head_names(running.model)
-    for name, weight in running.model.named_parameters():
-        weight.requires_grad_(name in head)
