@@ -90,7 +90,7 @@ class RunningModel(nn.Module):
         self.packed = False
         self.reason = ""
         self._state = PackedState()
-        self._parameters_taken = set(inspect.signature(model.forward).parameters)
+        self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
         self._handles: list[Any] = []
         self._first_rows_only = False
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
@@ -187,6 +187,8 @@ class RunningModel(nn.Module):
     def _install(self) -> None:
         for module in self.model.modules():
             module.regraft_state = self._state
+        if getattr(self.model, "keeps_all_rows", False):
+            return
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
             return

@@ -12,20 +12,17 @@ import numpy as np
 from regraft.engine.config import RunConfig
 from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
-from regraft.engine.data.read import read_rows
 from regraft.engine.data.rows import Rows
-from regraft.engine.data.split import split_dev
 from regraft.engine.data.tokens import TokenStore, tokenize
-from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.errors import ConfigError
 from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.pretrained import position_limit, resolve
-from regraft.engine.tasks import Task, build_task
+from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
+from regraft.engine.training.splits import label_counts, read_splits
 
 if TYPE_CHECKING:
     import torch
-
-    from regraft.engine.models import RunningModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,6 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     Raises DataError and ModelError.
     """
-    data, kind = config.data, config.task.type
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
     takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
@@ -62,25 +58,10 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
         )
     max_length = config.model.max_length or min([*takes, 512])
-    train = read_rows(data, "train", task_type=kind)
-    task = build_task(config.task, train, data.columns.label)
-    if data.dev is not None:
-        dev = read_rows(data, "dev", task_type=kind)
-    else:
-        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind)
-    parts = {"train": train, "dev": dev}
-    if data.test is not None:
-        parts["test"] = read_rows(data, "test", task_type=kind)
+    task, parts, dropped_by = read_splits(config)
     splits, notes = {}, {}
-    for name, rows in parts.items():
-        unknown = "error" if name == "train" else data.unknown_label
-        targets, kept = task.encode(rows, data.columns.label, unknown)
-        dropped = dict(rows.dropped)
-        if len(kept) < len(rows):
-            dropped["unknown_label"] = len(rows) - len(kept)
-            rows = rows.take(kept, dropped=dropped)
-        if not len(rows):
-            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {dropped}")
+    for name, (rows, targets) in parts.items():
+        dropped = dropped_by[name]
         store = tokenize(rows, tokenizer, max_length, cache_dir=cache_folder())
         splits[name] = Split(rows, store, targets)
         notes[name] = {
@@ -90,17 +71,10 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             "truncated_rows": store.truncated,
             "cut_tokens": store.cut_tokens,
             "tokens": int(store.lengths.sum()),
-            "labels": _label_counts(task, targets),
+            "labels": label_counts(task, targets),
         }
         say(_split_line(name, notes[name], max_length))
     return Prepared(task, tokenizer, max_length, splits, notes)
-
-
-def _label_counts(task: Task, targets: np.ndarray) -> dict[str, int]:
-    if task.type == "regression":
-        return {}
-    counts = targets.sum(axis=0) if targets.ndim == 2 else np.bincount(targets, minlength=len(task.labels))
-    return {label: int(n) for label, n in zip(task.labels, counts, strict=True)}
 
 
 def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
@@ -167,12 +141,3 @@ def choose_token_budget(config: RunConfig, model: torch.nn.Module, precision: st
         free = torch.cuda.mem_get_info()[0]
         return int(min(262_144, max(1024, 0.6 * free / per_token)))
     return int(min(16_384, max(512, 0.4 * psutil.virtual_memory().available / per_token)))
-
-
-def freeze_backbone(running: RunningModel) -> None:
-    """Train the head alone; the backbone keeps its weights and runs without dropout."""
-    from regraft.engine.training.optimizer import head_names
-
-    head = head_names(running.model)
-    for name, weight in running.model.named_parameters():
-        weight.requires_grad_(name in head)
