@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from regraft.engine.config import RunConfig, config_hash
+from regraft.engine.config import WORD_METHODS, RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start
@@ -50,7 +50,7 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
-    run = _Run(config, folder, on_step, quiet)
+    run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         return run.go()
     except Exception as error:
@@ -60,6 +60,23 @@ def train(
             f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
             "again to go on"
         ) from error
+
+
+def recipe_of(config: RunConfig) -> type[_Run]:
+    """The recipe of a method: the one below, or what a method changes of it."""
+    if config.method == "frozen":
+        from regraft.engine.heads.run import FrozenRun
+
+        return FrozenRun
+    if config.method == "contrastive":
+        from regraft.engine.heads.contrastive import ContrastiveRun
+
+        return ContrastiveRun
+    if config.method in WORD_METHODS:
+        from regraft.engine.words.run import WordsRun
+
+        return WordsRun
+    return _Run
 
 
 class _Run:
@@ -112,7 +129,7 @@ class _Run:
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
-        from regraft.engine.training.setup import choose_token_budget, freeze_backbone
+        from regraft.engine.training.setup import choose_token_budget
         from regraft.engine.training.step import Stepper
 
         config, training = self.config, self.config.training
@@ -134,8 +151,6 @@ class _Run:
                 self.say(f"padded: {self.running.reason}")
         if config.model.kernels == "auto":
             self.running.use_kernels()
-        if config.method == "frozen":
-            freeze_backbone(self.running)
         everything = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.vocabulary = self.use_rows_in_use(model)
@@ -197,10 +212,6 @@ class _Run:
 
     def set_training_mode(self) -> None:
         self.running.train()
-        if self.config.method == "frozen":
-            for name, module in self.running.model.base_model.named_modules():
-                if "pooler" not in name:
-                    module.training = False
 
     def resume(self) -> None:
         from regraft.engine.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
@@ -363,6 +374,16 @@ class _Run:
         if self.accelerator.is_main_process:
             with self.vocabulary.whole() if self.vocabulary else nullcontext():
                 save_trained(self.folder / "best", self.running, self.config, self.data)
+
+    def load_best(self) -> None:
+        """Put the best model so far into memory, and see that `best/` holds it."""
+        from regraft.engine.training.finish import load_best
+
+        load_best(self)
+
+    def findings(self) -> dict[str, Any]:
+        """What a method learned besides its weights, for the report."""
+        return {}
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every
