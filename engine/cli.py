@@ -24,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
+    _add_features(commands)
+    _add_compare(commands)
     for command in entry_points(group="regraft.commands"):
         command.load()(commands)
     return parser
@@ -47,6 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_init(commands: argparse._SubParsersAction) -> None:
     from regraft.engine.init_command import add_parser
+
+    add_parser(commands)
+
+
+def _add_features(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.features.command import add_parser
+
+    add_parser(commands)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.compare.command import add_parser
 
     add_parser(commands)
 
