@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.methods.settings import (
+    SECTIONS,
+    AdapterSettings,
+    LoraSettings,
+    PromptSettings,
+    QuantiseSettings,
+    UnfreezeSettings,
+)
+from regraft.engine.section import Section
 
 Rule = Literal["error", "drop"]
 # YAML reads a bare `off` as false.
 AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = str | int
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class ModelConfig(Section):
@@ -42,7 +47,7 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     """What is learned."""
 
-    type: Literal["classification", "multilabel", "regression"] = "classification"
+    type: str = Field("classification", description="a task of ours, or MODULE:CLASS for one of your own")
     labels: list[str] | None = Field(None, description="label names in order; null: found in the training rows")
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     label_smoothing: Fraction = 0.0
@@ -53,6 +58,7 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TaskConfig:
+        _known_task(self.type)
         if self.type == "regression":
             for key, off in (("labels", None), ("class_weights", "none"), ("label_smoothing", 0.0)):
                 if getattr(self, key) != off:
@@ -72,6 +78,13 @@ class TaskConfig(Section):
                     if name not in self.labels:
                         raise ValueError(f"class_weights: {name!r} is not in labels{nearest(name, self.labels)}")
         return self
+
+
+def _known_task(name: str) -> None:
+    from regraft.engine.tasks import TASKS
+
+    if name not in TASKS and ":" not in name:
+        raise ValueError(f"type: {name!r} is not known{nearest(name, TASKS)}; expected {', '.join(TASKS)}")
 
 
 class ColumnsConfig(Section):
@@ -135,6 +148,10 @@ class TrainingConfig(Section):
     early_stopping: EarlyStopping | None = None
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row before training stops")
 
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to the host when a GPU is full"
+    )
+    gradient_checkpointing: bool = Field(False, description="keep one activation a layer, compute the others again")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
     checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
@@ -218,11 +235,30 @@ class RunConfig(Section):
     """Everything one run needs."""
 
     run: str = Field("runs/{name}", description="run folder; {name} is the name of this file")
-    method: Literal["full", "frozen", "contrastive", "vectors", "scratch"] = Field(
+    method: Literal[
         "full",
-        description="full: fine-tune; frozen: train a head on stored features; contrastive: few rows, by pairs; "
-        "vectors: over word vectors; scratch: over nothing",
+        "frozen",
+        "contrastive",
+        "vectors",
+        "scratch",
+        "bitfit",
+        "lora",
+        "qlora",
+        "int8",
+        "ia3",
+        "adapter",
+        "prompt",
+        "prefix",
+    ] = Field(
+        "full",
+        description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
+        "word vectors; scratch: over nothing; the others: docs/methods.md",
     )
+    lora: LoraSettings = LoraSettings()
+    quantise: QuantiseSettings = QuantiseSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    prompt: PromptSettings = PromptSettings()
+    unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
     data: DataConfig
@@ -230,7 +266,7 @@ class RunConfig(Section):
     features: FeaturesConfig = FeaturesConfig()
     head: HeadConfig = HeadConfig()
     words: WordsConfig = WordsConfig()
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]] = []
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]] = Field([])
 
     @model_validator(mode="before")
     @classmethod
@@ -297,6 +333,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
+        for section, methods in SECTIONS.items():
+            if self.method not in methods and getattr(self, section) != type(getattr(self, section))():
+                raise ValueError(
+                    f"{section}: method: {self.method} does not use it; remove it or set method: "
+                    f"{' or '.join(sorted(methods))}"
+                )
+        if self.adapter.reduction is not None and self.adapter.size is not None:
+            raise ValueError("adapter.reduction: size says the same; give one of the two")
+        if self.lora.dora and self.method != "lora":
+            raise ValueError(f"lora.dora: method: {self.method} has no full-precision weights to decompose; remove it")
         if self.method == "frozen" and self.training.layer_decay != 1.0:
             raise ValueError(
                 "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"

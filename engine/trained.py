@@ -6,6 +6,7 @@ It loads with `AutoModelForSequenceClassification.from_pretrained` and gives the
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from regraft.engine.tasks import Task, task_from_spec
 
 if TYPE_CHECKING:
     from regraft.engine.data.fast_tokenizer import FastTokenizer
+    from regraft.engine.methods.adapt import Adaptation
     from regraft.engine.models import RunningModel
     from regraft.engine.training.setup import Prepared
 
@@ -36,12 +38,17 @@ class Trained:
     data: DataConfig
     facts: dict[str, Any]
     running: RunningModel
+    adaptation: Adaptation
 
 
-def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: Prepared) -> None:
-    """Write weights, config, tokenizer and facts, replacing `folder` at once."""
+def save_trained(
+    folder: Path, running: RunningModel, config: RunConfig, data: Prepared, adaptation: Adaptation
+) -> None:
+    """Write weights (an adapter's alone, where the method makes one), config, tokenizer and facts, replacing `folder`
+    at once."""
     with new_folder(folder) as beside:
-        running.model.save_pretrained(beside)
+        with running.output_scale.folded() if running.output_scale else nullcontext():
+            adaptation.save(beside)
         hugging_face_tokenizer(config.model).save_pretrained(beside)
         facts = {
             "task": data.task.spec(),
@@ -52,6 +59,12 @@ def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: P
             "method": config.method,
             "seed": config.training.seed,
         }
+        if adaptation.is_adapter:
+            facts |= {
+                "model": config.model.model_dump(mode="json"),
+                "backbone": adaptation.fingerprint,
+                "quantise": config.quantise.model_dump(mode="json"),
+            }
         write_facts(beside, facts)
 
 
@@ -88,13 +101,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / FACTS}: cannot be read: {error}") from None
 
 
-def load_trained(path: str | Path, *, packing: str = "auto", device: str | None = None) -> Trained:
-    """Load a run's best model (or a model folder) for inference. Raises ModelError."""
+def load_trained(path: str | Path, *, packing: str = "auto", device: str | None = None, merge: bool = True) -> Trained:
+    """Load a run's best model (or a model folder) for inference. Raises ModelError.
+
+    `merge`: work an adapter into the weights where that rounds nothing; the answers are the same and faster.
+    """
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
+    from regraft.engine.methods.adapt import Adaptation
+    from regraft.engine.methods.folder import is_adapter_folder, load_adapter
     from regraft.engine.models import RunningModel
     from regraft.engine.pretrained import explain
 
@@ -111,11 +129,19 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = load_fast_tokenizer(str(folder))
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(explain(str(folder), error)) from None
-    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id)
+    task = task_from_spec(facts["task"])
+    if is_adapter_folder(folder):
+        adaptation = load_adapter(folder, facts)
+        if merge and adaptation.mergeable:
+            adaptation.merge()
+    else:
+        try:
+            model = getattr(transformers, task.auto_model).from_pretrained(folder, dtype="float32")
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(explain(str(folder), error)) from None
+        adaptation = Adaptation(facts.get("method", "full"), model)
+    model = adaptation.model
+    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id, reads=task.reads)
     running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if packing == "auto":
         running.run_packed()
@@ -123,10 +149,11 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     running.eval()
     return Trained(
         folder,
-        task_from_spec(facts["task"]),
+        task,
         tokenizer,
         facts["max_length"],
         DataConfig.model_validate(facts["data"]),
         facts,
         running,
+        adaptation,
     )

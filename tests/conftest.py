@@ -12,6 +12,8 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Kernels are tested on CPU by the interpreter of Triton, which reads this once, when it is imported. `make test-gpu` sets 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))

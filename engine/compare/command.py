@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if args.seeds < 1 or args.folds == 1 or args.folds < 0:
         raise ConfigError("--seeds: at least 1; --folds: 0 for none, or at least 2")
     shares = sorted({*(_share(s) for s in args.shares.split(",")), 1.0})
-    task, splits, _ = read_splits(config)
+    task, splits = read_splits(config)
     budget = seconds(args.budget)
     results = compare(
         config, names, budget=budget, seeds=args.seeds, folds=args.folds, shares=shares, say=ProgressBar("", 0).say

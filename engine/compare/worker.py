@@ -36,7 +36,7 @@ def main(path: str) -> int:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
-    task, splits, _ = read_splits(base)
+    task, splits = read_splits(base)
     folder = Path(job["folder"])
     last = job["last"]
     for share, seed in job["points"]:

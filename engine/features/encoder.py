@@ -7,11 +7,12 @@ the same code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
 
 from regraft.engine.errors import ModelError
 
@@ -60,16 +61,16 @@ class GraftedEncoder(nn.Module):
     def set_attn_implementation(self, name: str) -> None:
         self.backbone.set_attn_implementation(name)
 
-    def forward(self, **inputs: Tensor) -> SimpleNamespace:
-        """As transformers' models: an object with `logits`."""
+    def forward(self, **inputs: Tensor) -> ModelOutput:
+        """As transformers' models: an output with `logits`."""
         hidden = self.hidden(inputs)
         mask = inputs.get("attention_mask")
         if self.pooling == "none":
-            return SimpleNamespace(logits=self._tokens(hidden, mask))
+            return SequenceClassifierOutput(logits=self._tokens(hidden, mask))
         rows = self._pooled(hidden, mask)
         if self.normalise:
             rows = nn.functional.normalize(rows, dim=-1)
-        return SimpleNamespace(logits=rows.flatten(1) if self.bare or self.head is None else self.head(rows))
+        return SequenceClassifierOutput(logits=rows.flatten(1) if self.bare or self.head is None else self.head(rows))
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Hidden states of the chosen layers. Shape: [1, T, J, H] packed, [B, L, J, H] padded."""

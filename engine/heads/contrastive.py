@@ -66,12 +66,14 @@ class PairStepper(Stepper):
 
     def _gradients(self, step: int, rows: np.ndarray) -> float:
         accelerator = self.accelerator
-        mine = rows[share_by_tokens(self.store.lengths[rows], accelerator.num_processes)[accelerator.process_index]]
+        mine = rows[
+            share_by_tokens(self.examples.store.lengths[rows], accelerator.num_processes)[accelerator.process_index]
+        ]
         mine = mine if len(mine) else rows[:1]
         torch.manual_seed(step_seed(self.seed, step, accelerator.process_index, 0))
         with accelerator.autocast():
-            found = self.model(collate(self.store, mine).to(accelerator.device))
-        loss = pair_loss(found, torch.from_numpy(self.targets[mine]).to(accelerator.device))
+            found = self.model(collate(self.examples.store, mine).to(accelerator.device))
+        loss = pair_loss(found, torch.from_numpy(np.asarray(self.examples.targets)[mine]).to(accelerator.device))
         accelerator.backward(loss)
         lost = loss.detach().double().cpu()
         if accelerator.num_processes > 1:
@@ -106,7 +108,12 @@ class ContrastiveRun(_Run):
         self.vocabulary = None
         limit = training.max_steps
         self.plan = PairPlan(
-            len(train.rows), training.batch_size, training.seed, training.epochs, limit, targets=train.targets
+            len(train.rows),
+            training.batch_size,
+            training.seed,
+            training.epochs,
+            limit,
+            targets=np.asarray(train.targets),
         )
         self.optimizer = build_optimizer(self.model, training)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -117,9 +124,7 @@ class ContrastiveRun(_Run):
             optimizer=self.optimizer,
             parameters=self.parameters,
             task=self.data.task,
-            store=train.store,
-            targets=train.targets,
-            weights=self.data.task.weights(train.targets),
+            examples=train,
             seed=training.seed,
             token_budget=1 << 40,
             max_grad_norm=training.max_grad_norm,
@@ -147,7 +152,7 @@ class ContrastiveRun(_Run):
         if self.head.kind not in ON_THE_SPHERE:
             self.head.standardise.fit(rows)
         self.head.cpu()
-        fit(self.head, rows, train.targets, task.weights(train.targets), task, self.config.head)
+        fit(self.head, rows, np.asarray(train.targets), train.weights, task, self.config.head)
         self.head.to(self.accelerator.device)
         self.model.bare = False
 

@@ -54,6 +54,7 @@ def load_grafted(folder: Path, facts: dict[str, Any], *, packing: str) -> Traine
     from regraft.engine.config import DataConfig
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
     from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
+    from regraft.engine.methods.adapt import Adaptation
     from regraft.engine.tasks import task_from_spec
     from regraft.engine.trained import Trained
 
@@ -72,4 +73,5 @@ def load_grafted(folder: Path, facts: dict[str, Any], *, packing: str) -> Traine
         DataConfig.model_validate(facts["data"]),
         facts,
         running,
+        Adaptation(facts["method"], running.model),
     )

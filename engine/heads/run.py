@@ -18,12 +18,12 @@ from regraft.engine.heads.head import FITTED, ON_THE_SPHERE, Head, build_head
 from regraft.engine.heads.local import LocalProcess
 from regraft.engine.heads.model import load_head, save_grafted, save_head
 from regraft.engine.heads.order import RANDOM_BELOW
-from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan
+from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan, examples_of
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import StepInfo, _Run
-from regraft.engine.training.setup import Prepared, Split, set_threads
-from regraft.engine.training.splits import label_counts, read_splits
+from regraft.engine.training.setup import Prepared, set_threads
+from regraft.engine.training.splits import read_splits
 
 STANDARDISED_ON = 4096  # rows
 CELLS = 65_536  # tokens of one micro-batch of token features
@@ -35,7 +35,7 @@ class FrozenRun(_Run):
     def prepare(self) -> None:
         config = self.config
         self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
-        task, parts, dropped = read_splits(config)
+        task, parts = read_splits(config)
         rows = {name: part[0] for name, part in parts.items()}
         if config.head.type == "zeroshot":
             texts = [config.head.descriptions.get(label, label.replace("_", " ")) for label in task.labels]
@@ -47,13 +47,13 @@ class FrozenRun(_Run):
             name: {
                 "path": part[0].path,
                 "rows": len(part[0]),
-                "dropped": dropped[name],
+                "dropped": dict(part[0].dropped),
                 "tokens": int(found[name].lengths.sum()),
-                "labels": label_counts(task, part[1]),
+                "labels": task.label_counts(part[1]),
             }
             for name, part in parts.items()
         }
-        splits: Any = {name: Split(part[0], found[name], part[1]) for name, part in parts.items()}  # type: ignore[arg-type]
+        splits = {name: examples_of(task, part[0], found[name], part[1]) for name, part in parts.items()}
         self.data = Prepared(task, tokenizer, self.spec.max_length, splits, notes)
         self.threads = set_threads(config)
         if config.training.threads is None and not config.head.reads_tokens:
@@ -84,9 +84,7 @@ class FrozenRun(_Run):
             optimizer=self.optimizer,
             parameters=self.parameters,
             task=self.data.task,
-            store=train.store,
-            targets=train.targets,
-            weights=self.data.task.weights(train.targets),
+            examples=train,
             seed=training.seed,
             token_budget=CELLS if head.reads_tokens else 1 << 40,
             max_grad_norm=training.max_grad_norm,
@@ -124,7 +122,7 @@ class FrozenRun(_Run):
         else:
             rows = len(train.rows)
             features = train.store.whole()  # type: ignore[attr-defined]
-            fit(self.head, features, train.targets, task.weights(train.targets), task, self.config.head)
+            fit(self.head, features, np.asarray(train.targets), train.weights, task, self.config.head)
         self.state.step += 1
         self.state.tokens += int(train.store.lengths.sum()) if rows else 0
         seconds = time.perf_counter() - began

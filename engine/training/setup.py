@@ -7,31 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from regraft.engine.config import RunConfig
-from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
-from regraft.engine.data.rows import Rows
-from regraft.engine.data.tokens import TokenStore, tokenize
-from regraft.engine.errors import ConfigError
+from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
-from regraft.engine.training.splits import label_counts, read_splits
+from regraft.engine.training.splits import read_parts
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows with their tokens and targets, in the same order."""
-
-    rows: Rows
-    store: TokenStore
-    targets: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -41,7 +28,7 @@ class Prepared:
     task: Task
     tokenizer: FastTokenizer
     max_length: int
-    splits: dict[str, Split]
+    splits: dict[str, Examples]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,6 +37,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     Raises DataError and ModelError.
     """
+    data = config.data
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
     takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
@@ -58,20 +46,24 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
         )
     max_length = config.model.max_length or min([*takes, 512])
-    task, parts, dropped_by = read_splits(config)
+    task, parts = read_parts(config)
     splits, notes = {}, {}
-    for name, (rows, targets) in parts.items():
-        dropped = dropped_by[name]
-        store = tokenize(rows, tokenizer, max_length, cache_dir=cache_folder())
-        splits[name] = Split(rows, store, targets)
+    for name, rows in parts.items():
+        unknown = "error" if name == "train" else data.unknown_label
+        made = task.examples(rows, tokenizer, max_length, label_column=data.columns.label, unknown=unknown)
+        store, rows = made.store, made.rows
+        if not len(made):
+            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {rows.dropped}")
+        splits[name] = made
         notes[name] = {
             "path": rows.path,
             "rows": len(rows),
-            "dropped": dropped,
+            "sequences": len(store),
+            "dropped": dict(rows.dropped),
             "truncated_rows": store.truncated,
             "cut_tokens": store.cut_tokens,
             "tokens": int(store.lengths.sum()),
-            "labels": label_counts(task, targets),
+            "labels": made.counts,
         }
         say(_split_line(name, notes[name], max_length))
     return Prepared(task, tokenizer, max_length, splits, notes)
@@ -79,6 +71,8 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
 def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
     line = f"{name:5} {note['rows']:,} rows, {note['tokens']:,} tokens"
+    if note["sequences"] != note["rows"]:
+        line += f" in {note['sequences']:,} sequences"
     if note["dropped"]:
         line += ", dropped: " + ", ".join(f"{n:,} {rule}" for rule, n in note["dropped"].items())
     if note["truncated_rows"]:

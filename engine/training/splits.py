@@ -1,52 +1,54 @@
-"""The labelled rows of a run: read, checked, their labels turned into targets. Knows neither tokens nor torch."""
+"""The labelled rows of a run, without tokens: read, checked, their labels turned into targets. Knows no torch."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from regraft.engine.config import RunConfig
-from regraft.engine.data.read import read_rows
+from regraft.engine.data.read import read_split
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.split import split_dev
-from regraft.engine.errors import DataError
-from regraft.engine.tasks import Task, build_task
+from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.tasks import Task, build_task, task_class
+from regraft.engine.tasks.base import FIRST
 
 Splits = dict[str, tuple[Rows, np.ndarray]]
 
 
-def read_splits(config: RunConfig) -> tuple[Task, Splits, dict[str, dict[str, int]]]:
-    """The task, rows and targets of train, dev and perhaps test, and how many rows each rule dropped of each.
-
-    Raises DataError.
-    """
-    data, kind = config.data, config.task.type
-    train = read_rows(data, "train", task_type=kind)
+def read_parts(config: RunConfig) -> tuple[Task, dict[str, Rows]]:
+    """The task, and the rows of train, dev and perhaps test. Raises DataError."""
+    data, kind = config.data, task_class(config.task.type)
+    train = read_split(kind, data, "train")
     task = build_task(config.task, train, data.columns.label)
     if data.dev is not None:
-        dev = read_rows(data, "dev", task_type=kind)
+        dev = read_split(kind, data, "dev")
     else:
-        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind)
+        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind.kind())
     parts = {"train": train, "dev": dev}
     if data.test is not None:
-        parts["test"] = read_rows(data, "test", task_type=kind)
+        parts["test"] = read_split(kind, data, "test")
+    return task, parts
+
+
+def read_splits(config: RunConfig) -> tuple[Task, Splits]:
+    """The task, rows and targets of every split, of a task that has one target a text.
+
+    What a rule dropped is counted in the rows. Raises DataError, and ConfigError for another task.
+    """
+    task, parts = read_parts(config)
+    # A task that makes sequences of its own has no one row of features a text.
+    if task.reads != FIRST or type(task).examples is not Task.examples:
+        raise ConfigError(
+            f"task.type: {task.type}; stored features, word models and comparisons are for tasks with one answer a text: "
+            "classification, multilabel, regression"
+        )
     splits: Splits = {}
-    dropped_by = {}
     for name, rows in parts.items():
-        unknown = "error" if name == "train" else data.unknown_label
-        targets, kept = task.encode(rows, data.columns.label, unknown)
-        dropped = dict(rows.dropped)
+        unknown = "error" if name == "train" else config.data.unknown_label
+        targets, kept = task.encode(rows, config.data.columns.label, unknown)
         if len(kept) < len(rows):
-            dropped["unknown_label"] = len(rows) - len(kept)
-            rows = rows.take(kept, dropped=dropped)
+            rows = rows.take(kept, dropped={**rows.dropped, "unknown_label": len(rows) - len(kept)})
         if not len(rows):
-            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {dropped}")
-        splits[name], dropped_by[name] = (rows, targets), dropped
-    return task, splits, dropped_by
-
-
-def label_counts(task: Task, targets: np.ndarray) -> dict[str, int]:
-    """Rows of each label; empty for a regression."""
-    if task.type == "regression":
-        return {}
-    counts = targets.sum(axis=0) if targets.ndim == 2 else np.bincount(targets, minlength=len(task.labels))
-    return {label: int(n) for label, n in zip(task.labels, counts, strict=True)}
+            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {rows.dropped}")
+        splits[name] = (rows, targets)
+    return task, splits

@@ -73,6 +73,7 @@ def load_words(folder: Path, facts: dict[str, Any]) -> Trained:
     from safetensors.torch import load_file
 
     from regraft.engine.config import DataConfig
+    from regraft.engine.methods.adapt import Adaptation
     from regraft.engine.tasks import task_from_spec
     from regraft.engine.trained import Trained
     from regraft.engine.words.tokens import read_word_tokenizer
@@ -95,4 +96,5 @@ def load_words(folder: Path, facts: dict[str, Any]) -> Trained:
         DataConfig.model_validate(facts["data"]),
         facts,
         running,
+        Adaptation(facts["method"], running.model),
     )

@@ -8,13 +8,14 @@ from collections import Counter
 import torch
 
 from regraft.engine.data.tokens import tokenize
+from regraft.engine.examples import Examples
 from regraft.engine.heads.head import build_head
 from regraft.engine.heads.run import accelerator_for
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import _Run
-from regraft.engine.training.setup import Prepared, Split, set_threads
-from regraft.engine.training.splits import label_counts, read_splits
+from regraft.engine.training.setup import Prepared, set_threads
+from regraft.engine.training.splits import read_splits
 from regraft.engine.training.step import Stepper
 from regraft.engine.words.model import running_words, save_words, word_model
 from regraft.engine.words.tokens import SPECIAL, UNKNOWN, choose_unit, count_words, word_tokenizer
@@ -32,7 +33,7 @@ class WordsRun(_Run):
         config = self.config
         self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
         self.threads, self.precision = set_threads(config), "fp32"
-        task, parts, dropped = read_splits(config)
+        task, parts = read_splits(config)
         texts = [*parts["train"][0].texts, *(parts["train"][0].pairs or ())]
         words = self.choose_words(texts)
         tokenizer = word_tokenizer(words, self.unit, self.lowercase)
@@ -40,15 +41,15 @@ class WordsRun(_Run):
         splits, notes = {}, {}
         for name, (rows, targets) in parts.items():
             store = tokenize(rows, tokenizer, limit)
-            splits[name] = Split(rows, store, targets)
+            splits[name] = Examples(rows, store, targets, task.weights(targets))
             notes[name] = {
                 "path": rows.path,
                 "rows": len(rows),
-                "dropped": dropped[name],
+                "dropped": dict(rows.dropped),
                 "truncated_rows": store.truncated,
                 "tokens": int(store.lengths.sum()),
                 "unknown_tokens": int((store.ids == UNKNOWN).sum()),
-                "labels": label_counts(task, targets),
+                "labels": task.label_counts(targets),
             }
             share = notes[name]["unknown_tokens"] / max(1, notes[name]["tokens"])
             self.say(f"{name:5} {len(rows):,} rows, {notes[name]['tokens']:,} {self.unit}s, {share:.1%} unknown")
@@ -106,9 +107,7 @@ class WordsRun(_Run):
             optimizer=self.optimizer,
             parameters=self.parameters,
             task=self.data.task,
-            store=train.store,
-            targets=train.targets,
-            weights=self.data.task.weights(train.targets),
+            examples=train,
             seed=training.seed,
             token_budget=TOKEN_BUDGET if training.token_budget == "auto" else int(training.token_budget),
             max_grad_norm=training.max_grad_norm,

@@ -40,7 +40,7 @@ def config_of(make_config, tmp_path):
 
 def compute(config) -> tuple[dict[str, FeatureRows], list[str]]:
     said: list[str] = []
-    _, splits, _ = read_splits(config)
+    _, splits = read_splits(config)
     return features_of(config, {n: rows for n, (rows, _) in splits.items()}, said.append, shown=False), said
 
 

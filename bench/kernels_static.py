@@ -1,0 +1,56 @@
+"""Registers, shared memory, spills and load widths of every shipped kernel, compiled for sm_80 and sm_90 without a GPU.
+
+Writes bench/results/kernels_static.json, prints the table. Needs Triton (with its own ptxas) and no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # it is read when Triton is imported
+RESULT = Path(__file__).resolve().parent / "results" / "kernels_static.json"
+
+
+def main() -> None:
+    from regraft.kernels.shipped import Compiled, all_shipped, compile_for
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write (%(default)s)")
+    parser.add_argument("--only", default="", help="names that contain this; writes nothing without --out")
+    options = parser.parse_args()
+    cases = [case for case in all_shipped() if options.only in case.name]
+    rows: list[Compiled] = []
+    for case in cases:
+        for target in case.targets:
+            rows.append(compile_for(case, target))
+            print(line(rows[-1]), file=sys.stderr, flush=True)
+    faults = [f"{row.name} on sm_{row.target} spills {row.spills}" for row in rows if row.spills]
+    wide = {case.name for case in cases if case.wide_loads}
+    faults += [f"{r.name} on sm_{r.target} has no 128-bit load" for r in rows if r.name in wide and not r.loads_128]
+    if not options.only or options.out != RESULT:
+        import triton
+
+        result = {
+            "name": "kernels_static",
+            "command": "python bench/kernels_static.py",
+            "triton": triton.__version__,
+            "unit": "registers a thread, bytes of shared memory a block, spilling and 128-bit load instructions",
+            "kernels": [asdict(row) for row in rows],
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(faults) or f"{len(rows)} compilations: no spills, 128-bit loads where they belong")
+    sys.exit(1 if faults else 0)
+
+
+def line(row: object) -> str:
+    return "  ".join(f"{key} {value}" for key, value in asdict(row).items())  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    main()
