@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_export(commands)
     _add_methods(commands)
+    _add_features(commands)
+    _add_compare(commands)
     for command in entry_points(group="regraft.commands"):
         command.load()(commands)
     return parser
@@ -60,6 +62,18 @@ def _add_methods(commands: argparse._SubParsersAction) -> None:
 
     add_merge(commands)
     add_plan(commands, _add_config_arguments)
+
+
+def _add_features(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.features.command import add_parser
+
+    add_parser(commands)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.compare.command import add_parser
+
+    add_parser(commands)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:

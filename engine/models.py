@@ -96,7 +96,7 @@ class RunningModel(nn.Module):
         self.reason = ""
         self.output_scale: OutputScale | None = None
         self._state = PackedState()
-        self._parameters_taken = set(inspect.signature(model.forward).parameters)
+        self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
         self._handles: list[Any] = []
         self._first_rows_only = False
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
@@ -209,6 +209,8 @@ class RunningModel(nn.Module):
             module.regraft_state = self._state
         if self.reads != "first":
             self._install_marks()
+            return
+        if getattr(self.model, "keeps_all_rows", False):
             return
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))

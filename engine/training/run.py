@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from regraft.engine.config import RunConfig, config_hash
+from regraft.engine.config import WORD_METHODS, RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
@@ -50,7 +50,7 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
-    run = _Run(config, folder, on_step, quiet)
+    run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         return run.go()
     except Exception as error:
@@ -62,6 +62,23 @@ def train(
         ) from error
     finally:
         thaw()
+
+
+def recipe_of(config: RunConfig) -> type[_Run]:
+    """The recipe of a method: the one below, or what a method changes of it."""
+    if config.method == "frozen":
+        from regraft.engine.heads.run import FrozenRun
+
+        return FrozenRun
+    if config.method == "contrastive":
+        from regraft.engine.heads.contrastive import ContrastiveRun
+
+        return ContrastiveRun
+    if config.method in WORD_METHODS:
+        from regraft.engine.words.run import WordsRun
+
+        return WordsRun
+    return _Run
 
 
 class _Run:
@@ -219,10 +236,6 @@ class _Run:
 
     def set_training_mode(self) -> None:
         self.running.train()
-        if self.config.method == "frozen":
-            for name, module in self.running.model.base_model.named_modules():
-                if "pooler" not in name:
-                    module.training = False
 
     def resume(self) -> None:
         from regraft.engine.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
@@ -389,6 +402,16 @@ class _Run:
         if self.accelerator.is_main_process:
             with self.vocabulary.whole() if self.vocabulary else nullcontext():
                 save_trained(self.folder / "best", self.running, self.config, self.data, self.adaptation)
+
+    def load_best(self) -> None:
+        """Put the best model so far into memory, and see that `best/` holds it."""
+        from regraft.engine.training.finish import load_best
+
+        load_best(self)
+
+    def findings(self) -> dict[str, Any]:
+        """What a method learned besides its weights, for the report."""
+        return {}
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every
