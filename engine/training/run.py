@@ -188,6 +188,7 @@ class _Run:
             token_budget=choose_token_budget(config, model, self.precision),
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
+            graphed=self.graph_steps(),
         )
         how = "packed" if self.running.packed else "padded"
         self.say(
@@ -233,6 +234,13 @@ class _Run:
         alone_on_cpu = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
         usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
         return bind_embedding(model) if usable else None
+
+    def graph_steps(self) -> Any:
+        from regraft.engine.training.graphed import graph_steps
+
+        options = {"precision": self.precision, "kernels": self.config.model.kernels}
+        autocast, say = self.accelerator.autocast, self.say
+        return graph_steps(self.running, self.data.task, self.parameters, autocast=autocast, say=say, **options)
 
     def set_training_mode(self) -> None:
         self.running.train()
