@@ -1,8 +1,9 @@
-"""Sentences a second on CPU, without a server: packed fp32 graph, padded fp32 graph, packed int8 graph.
+"""Sentences a second on CPU, without a server: packed fp32 graph, padded fp32 graph, packed int8 graph, and optimum's.
 
-All four are the same fine-tuned MiniLM-L6 on SST-2 dev, tokenising included. `padded` is the exported padded graph in
-plain ONNX Runtime, in an environment of its own, each batch padded to its longest sentence; `padded-grouped` is the
-same graph in Regraft's session, which runs sentences of like length together.
+All are the same fine-tuned MiniLM-L6 on SST-2 dev, tokenising included. `padded` is the exported padded graph in plain
+ONNX Runtime, in an environment of its own, each batch padded to its longest sentence; `padded-grouped` is the same
+graph in Regraft's session, which runs sentences of like length together; `optimum` is the graph that optimum exports
+from the same folder, in optimum's own ONNX Runtime model.
 """
 
 from __future__ import annotations
@@ -50,19 +51,26 @@ def main() -> None:
         options.rounds, options.passes = 1, 1
     before = machine.facts()
     rows = sources.read("sst2", "dev")[: 64 if options.quick else None]
-    bundles, refused = export(options.run or train(options), WORK / "onnx_cpu", options)
+    trained = options.run or train(options)
+    bundles, refused = export(trained, WORK / "onnx_cpu", options)
+    shutil.rmtree(WORK / "onnx_cpu" / "optimum", ignore_errors=True)  # a graph of another model, perhaps
     runs: list[Run] = []
     for case, (batch, sort) in CASES.items():
         kept = by_length(rows, bundles["packed"]) if sort else rows
         file = sources.write_jsonl(kept, f"onnx_cpu/{'sorted' if sort else 'as-they-come'}.jsonl")
         turns = {OURS: answer(bundles["packed"], file, kept, batch, options, ours=True)}
         turns["padded"] = answer(bundles["padded"], file, kept, batch, options, ours=False)
+        turns["optimum"] = answer(bundles["padded"], file, kept, batch, options, ours=False, optimum=trained / "best")
         turns["padded-grouped"] = answer(bundles["padded"], file, kept, batch, options, ours=True)
         if "int8" in bundles:
             turns["regraft-int8"] = answer(bundles["int8"], file, kept, batch, options, ours=True)
         runs += take_turns(case, turns, options.rounds)
     settings = {case: {"rows": len(rows), "passes": options.passes, "int8 refused": refused} for case in CASES}
-    found = {"regraft": our_versions(), "padded": versions(peer_python("onnx"), ("onnxruntime", "tokenizers", "numpy"))}
+    found = {
+        "regraft": our_versions(),
+        "padded": versions(peer_python("onnx"), ("onnxruntime", "tokenizers", "numpy")),
+        "optimum": versions(peer_python("optimum"), ("optimum", "optimum-onnx", "transformers", "onnxruntime")),
+    }
     publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
 
 
@@ -117,7 +125,14 @@ def by_length(rows: Sequence[sources.Row], bundle: Path) -> list[sources.Row]:
 
 
 def answer(
-    bundle: Path, file: Path, rows: Sequence[sources.Row], batch: int, options: argparse.Namespace, *, ours: bool
+    bundle: Path,
+    file: Path,
+    rows: Sequence[sources.Row],
+    batch: int,
+    options: argparse.Namespace,
+    *,
+    ours: bool,
+    optimum: Path | None = None,
 ) -> Any:
     """A contestant: sentences a second, and the accuracy of what it answered."""
     info = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
@@ -128,6 +143,9 @@ def answer(
     def go(number: int) -> tuple[float, dict]:
         if ours:
             found = turn(sys.executable, "regraft_answer.py", spec, threads=options.threads)
+        elif optimum is not None:
+            peer = spec | {"model": optimum, "work": WORK / "onnx_cpu" / "optimum"}
+            found = turn(peer_python("optimum"), "peers/optimum_run.py", peer, threads=options.threads)
         else:
             found = turn(peer_python("onnx"), "peers/onnx_padded.py", spec, threads=options.threads)
         right = sum(labels[k] == row["label"] for k, row in zip(found["predicted"], rows, strict=True))

@@ -1,8 +1,9 @@
 """What fine-tuned models score on real data sets, and on SST-2 whether Regraft's are as good as Trainer's.
 
 Both sides train with the same settings and seeds, keep the epoch that is best on the dev rows, and are scored by
-score.py alike. Takes hours; every trained model's figures are kept in bench/.data/quality/, and a run of Regraft that
-was stopped goes on where it was, so the command can be stopped and started again. `--restart` forgets all that.
+score.py alike. Takes hours, so it is made to be done in pieces: a figure that was measured with the same settings is
+taken from bench/.data/quality/ or from the published result instead of being measured again, a run of Regraft that was
+stopped goes on where it was, and what is published is all that was measured so far. `--restart` trains again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sources
 from environments import encoder_folder, our_versions, peer_python, versions
 from harness import (
     OURS,
+    RESULTS,
     WORK,
     Claim,
     Run,
@@ -64,6 +66,7 @@ RECIPES = {
     "agnews": Recipe("accuracy", "test", 5e-5, 4, dev_fraction=0.05),
     "goemotions": Recipe("macro_f1", "test", 1e-4, 5, thresholds="tuned"),
 }
+PUBLISHED = RESULTS / "quality.json"
 WEIGHT_DECAY, WARMUP = 0.01, 0.06
 QUICK_ROWS = 300
 
@@ -83,17 +86,49 @@ def main() -> None:
         options.precision = "bf16" if machine.has_fast_bf16() else "fp32"
     seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
     before = machine.facts()
-    runs = []
     for name in names:
         for seed in seeds:
-            for who in (OURS, "trainer")[: 2 if RECIPES[name].peer else 1]:
-                runs.append(measured(name, who, seed, options))
-                print(f"{name} seed {seed}: {who} {runs[-1].value:.2f}", file=sys.stderr, flush=True)
+            for who in contestants(name):
+                found = measured(name, who, seed, options)
+                print(f"{name} seed {seed}: {who} {found.value:.2f}", file=sys.stderr, flush=True)
+    runs = everything_measured(seeds, options)
+    names = list(dict.fromkeys(run.case for run in runs))
     settings = {name: {**asdict(RECIPES[name]), "precision": options.precision} for name in names}
     found = {"regraft": our_versions()}
     if any(RECIPES[name].peer for name in names):
         found["trainer"] = versions(peer_python("trainer"), ("torch", "transformers", "accelerate", "numpy"))
     publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
+
+
+def contestants(name: str) -> tuple[str, ...]:
+    return (OURS, "trainer") if RECIPES[name].peer else (OURS,)
+
+
+def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[Run]:
+    """What this and earlier commands measured with today's settings, data set by data set."""
+    known = [
+        earlier(name, who, seed, options)
+        for name in RECIPES
+        for seed in sorted({0, 1, 2, *seeds})
+        for who in contestants(name)
+    ]
+    return [run for run in known if run is not None]
+
+
+def earlier(name: str, who: str, seed: int, options: argparse.Namespace) -> Run | None:
+    """A figure measured before with the same settings: from its work file, or from the published result."""
+    folder = work_folder(name, who, seed, options)
+    kept = folder.with_suffix(".json")
+    if kept.is_file():
+        details = json.loads(kept.read_text(encoding="utf-8"))
+        return Run(name, who, seed, details["score"][RECIPES[name].metric], details | {"settings": folder.name})
+    published = options.out or PUBLISHED
+    if options.restart or not published.is_file():
+        return None
+    for run in json.loads(published.read_text(encoding="utf-8"))["cases"].get(name, {}).get("runs", []):
+        if run["details"].get("settings") == folder.name:
+            return Run(**run)
+    return None
 
 
 def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> Path:
@@ -102,6 +137,7 @@ def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> 
         **asdict(RECIPES[name]),
         "shared": [WEIGHT_DECAY, WARMUP],
         "precision": options.precision,
+        "peer": ["group_by_length"] if who != OURS else None,
         "rows": QUICK_ROWS if options.quick else None,
     }
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -116,7 +152,7 @@ def measured(name: str, who: str, seed: int, options: argparse.Namespace) -> Run
     if options.restart:
         shutil.rmtree(folder, ignore_errors=True)
         kept.unlink(missing_ok=True)
-    if not kept.is_file():
+    if earlier(name, who, seed, options) is None:
         learn = regraft if who == OURS else trainer
         model, details = learn(name, recipe, seed, folder, options)
         rows = sources.read(name, recipe.split)[: QUICK_ROWS if options.quick else None]
@@ -128,8 +164,10 @@ def measured(name: str, who: str, seed: int, options: argparse.Namespace) -> Run
         beside.write_text(json.dumps({"score": score, **details, **commit}, indent=1), encoding="utf-8")
         beside.replace(kept)
         shutil.rmtree(folder, ignore_errors=True)
-    details = json.loads(kept.read_text(encoding="utf-8"))
-    return Run(name, who, seed, details["score"][recipe.metric], details)
+    found = earlier(name, who, seed, options)
+    if found is None:
+        raise TurnFailed(f"{kept}: was written and is gone")
+    return found
 
 
 def regraft(
@@ -193,6 +231,7 @@ def trainer(
             "per_device_eval_batch_size": 32,
             "use_cpu": True,
             "bf16": options.precision == "bf16",
+            "train_sampling_strategy": "group_by_length",  # less padding: the same learning in less time
             "eval_strategy": "epoch",
             "save_strategy": "epoch",
             "save_total_limit": 1,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from regraft.engine.packing import PackedBatch, pack
 
 if TYPE_CHECKING:
     from regraft.engine.data.tokens import TokenStore
+    from regraft.engine.examples import Examples
 
 
 def collate(store: TokenStore, rows: np.ndarray) -> PackedBatch:
@@ -17,6 +20,14 @@ def collate(store: TokenStore, rows: np.ndarray) -> PackedBatch:
     spans = [slice(int(store.offsets[r]), int(store.offsets[r + 1])) for r in rows]
     types = None if store.types is None else [store.types[s] for s in spans]
     return pack([store.ids[s] for s in spans], token_types=types)
+
+
+def collate_examples(examples: Examples, sequences: np.ndarray) -> PackedBatch:
+    """The sequences as one packed batch, with the rows that are marked."""
+    batch = collate(examples.store, sequences)
+    if examples.marks is None:
+        return batch
+    return replace(batch, marks=torch.from_numpy(np.flatnonzero(examples.marks[examples.tokens(sequences)])))
 
 
 def by_length(lengths: np.ndarray, budget: int) -> list[np.ndarray]:

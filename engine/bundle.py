@@ -31,6 +31,8 @@ class BundleInfo:
     (b * L + l of each token), `lengths [B]`; output `logits [B, C]` float32.
     layout 'padded': int64 `input_ids [B, L]`, `attention_mask [B, L]` (, `token_type_ids [B, L]`); output
     `logits [B, C]`.
+    `reads` 'tokens': logits stand at tokens, packed [T, C], padded [B, L, C]. 'marked': the packed graph has one more
+    input `marks [M]`, rows of T, and gives logits [M, C]; the padded one gives [B, L, C].
     """
 
     layout: str
@@ -40,6 +42,7 @@ class BundleInfo:
     pad_token_id: int
     position_offset: int
     token_types: bool
+    reads: str = "first"
     source: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 
 from regraft.engine import __version__
 from regraft.engine.errors import RegraftError
+from regraft.engine.threads import give_way
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for an error that is the user's to solve, 130 when interrupted."""
     args = build_parser().parse_args(argv)
+    give_way()
     try:
         return args.handler(args) or 0
     except RegraftError as error:

@@ -42,7 +42,7 @@ class ModelConfig(Section):
 class TaskConfig(Section):
     """What is learned."""
 
-    type: Literal["classification", "multilabel", "regression"] = "classification"
+    type: str = Field("classification", description="a task of ours, or MODULE:CLASS for one of your own")
     labels: list[str] | None = Field(None, description="label names in order; null: found in the training rows")
     class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
     label_smoothing: Fraction = 0.0
@@ -53,6 +53,7 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> TaskConfig:
+        _known_task(self.type)
         if self.type == "regression":
             for key, off in (("labels", None), ("class_weights", "none"), ("label_smoothing", 0.0)):
                 if getattr(self, key) != off:
@@ -72,6 +73,13 @@ class TaskConfig(Section):
                     if name not in self.labels:
                         raise ValueError(f"class_weights: {name!r} is not in labels{nearest(name, self.labels)}")
         return self
+
+
+def _known_task(name: str) -> None:
+    from regraft.engine.tasks import TASKS
+
+    if name not in TASKS and ":" not in name:
+        raise ValueError(f"type: {name!r} is not known{nearest(name, TASKS)}; expected {', '.join(TASKS)}")
 
 
 class ColumnsConfig(Section):

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from regraft.engine.batches import by_length, collate
+from regraft.engine.batches import by_length, collate_examples
 from regraft.engine.models import RunningModel
 from regraft.engine.tasks import Task
-from regraft.engine.tasks.base import Metrics
+from regraft.engine.tasks.base import FIRST, Metrics
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from regraft.engine.data.tokens import TokenStore
+    from regraft.engine.examples import Examples
+
+# (loss, row, (expected, predicted)) of a row, for the report
+Worst = tuple[float, int, tuple[str, str]]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of one split. `worst`: (loss, row, logits) of the rows that are most wrong, the worst first."""
+    """Figures of one split. `worst`: the rows that are most wrong, the worst first."""
 
     metrics: dict[str, float]
     accumulated: Metrics
-    worst: list[tuple[float, int, np.ndarray]]
+    worst: list[Worst]
     rows: int
     tokens: int
     seconds: float
@@ -36,8 +39,7 @@ class Evaluation:
 
 def evaluate(
     running: RunningModel,
-    store: TokenStore,
-    targets: np.ndarray,
+    examples: Examples,
     task: Task,
     *,
     token_budget: int = 8192,
@@ -48,44 +50,65 @@ def evaluate(
     """Run every row once and add up. Every process gets the same result; `progress` is called with rows done."""
     started = time.perf_counter()
     metrics = task.metrics()
-    worst: list[tuple[float, int, np.ndarray]] = []
-    batches = by_length(store.lengths, token_budget)
+    worst: list[Worst] = []
+    # The windows of a text are judged together, so a batch holds whole rows.
+    batches = by_length(examples.row_lengths, token_budget)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     for rows in batches[rank::processes]:
-        logits = run_logits(running, store, rows, accelerator)
-        metrics.update(logits, targets[rows])
+        drawn, sequences = task.draw(examples, examples.sequences_of_rows(rows), (0, int(rows[0])))
+        outputs = run_outputs(running, drawn, sequences, accelerator)
+        task.score(metrics, drawn, sequences, outputs)
         if keep_worst:
-            losses = task.worst(logits, targets[rows])
-            worst = heapq.nlargest(
-                keep_worst,
-                [*worst, *((float(x), int(r), z) for x, r, z in zip(losses, rows, logits, strict=True))],
-                key=lambda item: (item[0], -item[1]),
-            )
+            found = task.worst_rows(drawn, sequences, outputs, keep_worst)
+            worst = heapq.nlargest(keep_worst, [*worst, *found], key=lambda item: (item[0], -item[1]))
         if progress:
             progress(len(rows) * processes)
     if accelerator and processes > 1:
         metrics, worst = _merge(task, metrics, worst, keep_worst)
-    return Evaluation(
-        metrics.compute(), metrics, worst, len(targets), int(store.lengths.sum()), time.perf_counter() - started
-    )
+    tokens, rows_run = int(examples.store.lengths.sum()), len(examples.rows)
+    return Evaluation(metrics.compute(), metrics, worst, rows_run, tokens, time.perf_counter() - started)
 
 
 @torch.no_grad()
-def run_logits(
-    running: RunningModel, store: TokenStore, rows: np.ndarray, accelerator: Accelerator | None = None
-) -> np.ndarray:
-    """Logits [B, C] float32 of the rows, with dropout off."""
+def run_outputs(
+    running: RunningModel, examples: Examples, sequences: np.ndarray, accelerator: Accelerator | None = None
+) -> Sequence[np.ndarray]:
+    """What the head gives for each sequence, float32 with dropout off: [B, C] where it reads first rows, else one
+    array [L, C] a sequence, of its tokens or of those that are marked."""
     was_training = running.training
     running.eval()
     try:
-        batch = collate(store, rows).to(next(running.parameters()).device)
+        batch = collate_examples(examples, sequences).to(next(running.parameters()).device)
         if accelerator is None:
-            return running(batch).float().cpu().numpy()
-        with accelerator.autocast():
-            return running(batch).float().cpu().numpy()
+            found = running(batch).float().cpu().numpy()
+        else:
+            with accelerator.autocast():
+                found = running(batch).float().cpu().numpy()
     finally:
         if was_training:
             running.train()
+    if running.reads == FIRST:
+        return found
+    return np.split(found, np.cumsum(rows_read(examples, sequences))[:-1])
+
+
+def rows_read(examples: Examples, sequences: np.ndarray) -> np.ndarray:
+    """How many rows of logits each sequence has where the head reads tokens, [B] int64."""
+    lengths = examples.store.lengths[sequences]
+    if examples.marks is None:
+        return lengths
+    marked = examples.marks[examples.tokens(sequences)]
+    owner = np.repeat(np.arange(len(sequences)), lengths)
+    return np.bincount(owner[marked], minlength=len(sequences))
+
+
+def run_all(running: RunningModel, examples: Examples, token_budget: int = 8192) -> list[np.ndarray]:
+    """Outputs of every sequence, in order; sequences of like length run together."""
+    outputs: list[Any] = [None] * len(examples.store)
+    for batch in by_length(examples.store.lengths, token_budget):
+        for number, found in zip(batch, run_outputs(running, examples, batch), strict=True):
+            outputs[number] = found
+    return outputs
 
 
 def _merge(task: Task, mine: Metrics, worst: list, keep: int) -> tuple[Metrics, list]:

@@ -6,41 +6,43 @@ Nothing is left half-written: the bundle appears whole, after every check has pa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.engine.batches import by_length, collate
+from regraft.engine.batches import by_length
 from regraft.engine.bundle import BundleInfo, write_info
 from regraft.engine.errors import DataError, ExportError
+from regraft.engine.examples import Examples
 from regraft.engine.files import new_folder
-from regraft.engine.graph_inputs import graph_inputs
+from regraft.engine.graph_inputs import graph_inputs, graph_outputs
 from regraft.engine.machine import versions
+from regraft.engine.tasks.base import MARKED
 from regraft.engine.threads import available_threads
 from regraft.engine.trained import Trained, load_trained
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-    from regraft.engine.data.tokens import TokenStore
-
 PARITY_TOLERANCE = 1e-4
 CHECK_ROWS = 4096
-Run = Callable[[list[np.ndarray], list[np.ndarray] | None], np.ndarray]
+# Token ids, token types and marked places of each sequence -> what the head gives for each
+Run = Callable[
+    [list[np.ndarray], list[np.ndarray] | None, list[np.ndarray] | None],
+    Sequence[np.ndarray],
+]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Held-out rows that model and graph are compared on."""
+    """Held-out rows that model and graph are compared on, with the model's own outputs, one a sequence."""
 
-    store: TokenStore
-    targets: np.ndarray
-    source: str
+    examples: Examples
     model_metrics: dict[str, float]
-    model_logits: np.ndarray
+    model_outputs: Sequence[np.ndarray]
 
 
 def export_bundle(
@@ -86,6 +88,7 @@ def export_bundle(
         pad_token_id=trained.tokenizer.pad_token_id,
         position_offset=running.position_offset,
         token_types=running.uses_token_types,
+        reads=trained.task.reads,
         source={"folder": str(trained.folder), "base_model": trained.facts["base_model"]},
         versions=versions(),
     )
@@ -117,7 +120,12 @@ def open_graph(path: Path) -> InferenceSession:
 
 
 def graph_runner(session: InferenceSession, info: BundleInfo) -> Run:
-    return lambda ids, types: session.run(["logits"], graph_inputs(info, ids, types))[0]
+    def run(
+        ids: list[np.ndarray], types: list[np.ndarray] | None, marks: list[np.ndarray] | None
+    ) -> Sequence[np.ndarray]:
+        return graph_outputs(info, session.run(["logits"], graph_inputs(info, ids, types, marks))[0], ids, marks)
+
+    return run
 
 
 def grid(vocabulary: int, longest: int) -> list[list[np.ndarray]]:
@@ -129,7 +137,7 @@ def grid(vocabulary: int, longest: int) -> list[list[np.ndarray]]:
 
 
 def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
-    """The torch model's logits for every batch of the grid."""
+    """The torch model's logits for every batch of the grid, as rows of one array a batch."""
     import torch
 
     from regraft.engine.packing import pack
@@ -140,15 +148,22 @@ def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
     found = []
     with torch.no_grad():
         for batch in grid(running.model.config.vocab_size, trained.max_length):
-            found.append((batch, running(pack(batch).to(device)).float().cpu().numpy()))
+            starts = np.cumsum([0, *map(len, batch)])[:-1]
+            marks = np.concatenate([start + m for start, m in zip(starts, _grid_marks(batch), strict=True)])
+            packed = pack(batch, marks=marks if running.reads == MARKED else None)
+            found.append((batch, running(packed.to(device)).float().cpu().numpy()))
     return found
+
+
+def _grid_marks(batch: list[np.ndarray]) -> list[np.ndarray]:
+    return [np.arange(0, len(x), 5) for x in batch]
 
 
 def check_parity(run: Run, expected: list[tuple[list[np.ndarray], np.ndarray]]) -> dict[str, Any]:
     """Largest logit error over the grid. Raises ExportError beyond PARITY_TOLERANCE of the largest logit."""
     worst, where = 0.0, ""
     for batch, logits in expected:
-        found = run(batch, None)
+        found = np.concatenate([np.atleast_2d(x) for x in run(batch, None, _grid_marks(batch))])
         scale = max(1.0, float(np.abs(logits).max()))
         error = float(np.abs(found - logits).max()) / scale if np.isfinite(found).all() else float("inf")
         if error >= worst:
@@ -162,47 +177,51 @@ def check_parity(run: Run, expected: list[tuple[list[np.ndarray], np.ndarray]]) 
 
 def compare_rows(trained: Trained, data_file: str | None) -> Comparison | None:
     """Held-out rows with the model's own answers; None where the run's files are gone and none was named."""
-    from regraft.engine.evaluation import run_logits
+    from regraft.engine.evaluation import run_all
     from regraft.engine.heldout import encoded, heldout_rows
 
     try:
-        rows, store, targets = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
+        made = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
     except DataError:
         if data_file is not None:
             raise
         return None
-    logits = np.empty((len(rows), trained.task.outputs), dtype=np.float32)
-    for batch in by_length(store.lengths, 8192):
-        logits[batch] = run_logits(trained.running, store, batch)
-    return Comparison(store, targets, rows.path, _metrics(trained, logits, targets), logits)
+    made, _ = trained.task.draw(made, np.arange(len(made.store)), (0, 0))
+    outputs = run_all(trained.running, made)
+    return Comparison(made, _metrics(trained, made, outputs), outputs)
 
 
-def _metrics(trained: Trained, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def _metrics(trained: Trained, examples: Examples, outputs: Sequence[np.ndarray]) -> dict[str, float]:
     metrics = trained.task.metrics()
-    metrics.update(logits, targets)
+    for start in range(0, len(examples.rows), 1024):
+        rows = np.arange(start, min(start + 1024, len(examples.rows)))
+        sequences = examples.sequences_of_rows(rows)
+        trained.task.score(metrics, examples, sequences, [outputs[s] for s in sequences])
     return metrics.compute()
 
 
-def _graph_logits(run: Run, store: TokenStore, rows: np.ndarray, outputs: int) -> np.ndarray:
-    logits = np.empty((len(rows), outputs), dtype=np.float32)
-    for batch in by_length(store.lengths[rows], 4096):
-        packed = collate(store, rows[batch])
-        starts = packed.cu_seqlens.numpy()
-        cut = lambda t: None if t is None else [t.numpy()[a:b] for a, b in zip(starts, starts[1:])]  # noqa: E731, B023, B905
-        logits[batch] = run(cut(packed.input_ids) or [], cut(packed.token_type_ids))
-    return logits
+def _graph_outputs(run: Run, examples: Examples, sequences: np.ndarray) -> list[np.ndarray]:
+    found: list[Any] = [None] * len(sequences)
+    offsets, store = examples.store.offsets, examples.store
+    for batch in by_length(store.lengths[sequences], 4096):
+        spans = [slice(offsets[s], offsets[s + 1]) for s in sequences[batch]]
+        types = None if store.types is None else [store.types[span] for span in spans]
+        marks = None if examples.marks is None else [np.flatnonzero(examples.marks[span]) for span in spans]
+        for number, output in zip(batch, run([store.ids[span] for span in spans], types, marks), strict=True):
+            found[number] = output
+    return found
 
 
 def _quality(trained: Trained, comparison: Comparison | None, run: Run) -> dict[str, Any]:
     if comparison is None:
         return {}
-    every = np.arange(len(comparison.targets))
-    logits = _graph_logits(run, comparison.store, every, trained.task.outputs)
-    found = _metrics(trained, logits, comparison.targets)
+    examples = comparison.examples
+    every = np.arange(len(examples.store))
+    found = _metrics(trained, examples, _graph_outputs(run, examples, every))
     name = trained.task.metric
     return {
-        "data": comparison.source,
-        "rows": len(every),
+        "data": examples.rows.path,
+        "rows": len(examples.rows),
         "metric": name,
         "model": comparison.model_metrics[name],
         "graph": found[name],
@@ -221,12 +240,13 @@ def quantise_within(
     from regraft.engine.quantise import candidates, matrix_products, quantise
 
     trial = graph.with_name("int8.onnx")
-    few = np.arange(min(128, len(comparison.targets)))
+    few = np.arange(min(128, len(comparison.examples.store)))
 
     def error_of(kept: tuple[str, ...]) -> float:
         quantise(graph, trial, kept)
-        logits = _graph_logits(graph_runner(open_graph(trial), info), comparison.store, few, trained.task.outputs)
-        return float(np.abs(logits - comparison.model_logits[few]).mean())
+        outputs = _graph_outputs(graph_runner(open_graph(trial), info), comparison.examples, few)
+        errors = [np.abs(a - b).ravel() for a, b in zip(outputs, comparison.model_outputs[: len(few)], strict=True)]
+        return float(np.concatenate(errors).mean())
 
     tried = []
     for candidate in candidates(matrix_products(graph), error_of):
@@ -264,7 +284,7 @@ def _report(to: Path, info: BundleInfo) -> str:
 
 
 def _readme(info: BundleInfo) -> str:
-    labels = ", ".join(info.task["labels"])
+    labels = ", ".join(info.task.get("labels", ()))
     return (
         f"# Regraft bundle\n\nServe it: `regraft serve THIS_FOLDER`.\n\n- task: {info.task['type']} ({labels})\n"
         f"- graph: {info.layout}, {info.precision}; at most {info.max_length} tokens a text\n"

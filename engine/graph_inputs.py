@@ -10,11 +10,36 @@ from regraft.engine.bundle import BundleInfo
 
 
 def graph_inputs(
-    info: BundleInfo, ids: Sequence[np.ndarray], types: Sequence[np.ndarray] | None = None
+    info: BundleInfo,
+    ids: Sequence[np.ndarray],
+    types: Sequence[np.ndarray] | None = None,
+    marks: Sequence[np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Inputs for B sequences of token ids, as `BundleInfo` documents them; all int64."""
+    """Inputs for B sequences of token ids, as `BundleInfo` documents them; all int64. `marks`: places in each sequence
+    whose logits are wanted, for a head that reads marked tokens."""
     build = packed_inputs if info.layout == "packed" else padded_inputs
-    return build(info, ids, types)
+    inputs = build(info, ids, types)
+    if info.reads == "marked" and info.layout == "packed":
+        inputs["marks"] = _rows_of_marks(ids, marks or [])
+    return inputs
+
+
+def _rows_of_marks(ids: Sequence[np.ndarray], marks: Sequence[np.ndarray]) -> np.ndarray:
+    starts = np.cumsum([0, *map(len, ids)])[:-1]
+    return np.concatenate([start + np.asarray(m, dtype=np.int64) for start, m in zip(starts, marks, strict=True)])
+
+
+def graph_outputs(
+    info: BundleInfo, logits: np.ndarray, ids: Sequence[np.ndarray], marks: Sequence[np.ndarray] | None = None
+) -> Sequence[np.ndarray]:
+    """What the graph gave for each sequence: [B, C], or for a head that reads tokens one array [L, C] a sequence."""
+    if info.reads == "first":
+        return logits
+    if info.layout == "padded":
+        each = [row[: len(x)] for row, x in zip(logits, ids, strict=True)]
+        return each if info.reads == "tokens" else [row[m] for row, m in zip(each, marks or [], strict=True)]
+    counts = [len(x) for x in (ids if info.reads == "tokens" else marks or [])]
+    return np.split(logits, np.cumsum(counts)[:-1])
 
 
 def packed_inputs(

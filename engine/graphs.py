@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
-from regraft.engine.models import RunningModel
+from regraft.engine.models import RunningModel, logits_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,10 @@ class _PackedGraph(nn.Module):
         token_index: Tensor,
         lengths: Tensor,
         token_type_ids: Tensor | None = None,
+        marks: Tensor | None = None,
     ) -> Tensor:
         layout = GraphLayout(pad_index, token_index, lengths)
-        return self.running.run_layout(layout, input_ids, position_ids, token_type_ids).float()
+        return self.running.run_layout(layout, input_ids, position_ids, token_type_ids, marks).float()
 
 
 PADDED_ATTENTION = "regraft_padded"
@@ -131,12 +132,13 @@ class _PaddedGraph(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        return self.model(**inputs).logits.float()
+        return logits_of(self.model(**inputs)).float()
 
 
 AXES: dict[str, dict[str, dict[int, str]]] = {
     "packed": {"input_ids": {0: "T"}, "position_ids": {0: "T"}, "pad_index": {0: "B", 1: "L"}}
-    | {"token_index": {0: "T"}, "lengths": {0: "B"}, "token_type_ids": {0: "T"}},
+    | {"token_index": {0: "T"}, "lengths": {0: "B"}, "token_type_ids": {0: "T"}}
+    | {"marks": {0: "M"}},
     "padded": {name: {0: "B", 1: "L"} for name in ("input_ids", "attention_mask", "token_type_ids")},
 }
 
@@ -148,7 +150,7 @@ def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:
     generator = np.random.Generator(np.random.Philox(3))
     vocabulary = running.model.config.vocab_size
     example = [generator.integers(min(10, vocabulary - 1), vocabulary, n) for n in (7, 3, 11)]
-    arrays = graph_inputs(info, example)
+    arrays = graph_inputs(info, example, marks=[np.arange(0, len(x), 2) for x in example])
     if info.layout == "packed":
         graph: nn.Module = _PackedGraph(running)
         order = ["input_ids", "position_ids", "pad_index", "token_index", "lengths"]
@@ -157,12 +159,12 @@ def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:
         _use_padded_attention(running.model)
         graph = _PaddedGraph(running.model)
         order = ["input_ids", "attention_mask"]
-    order += ["token_type_ids"] if info.token_types else []
+    order += [name for name in ("token_type_ids", "marks") if name in arrays]
     _export(graph, {name: torch.from_numpy(arrays[name]) for name in order}, AXES[info.layout], path)
 
 
 def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) -> None:
-    dims = dict.fromkeys(("T", "B", "L"), torch.export.Dim.DYNAMIC)
+    dims = dict.fromkeys(("T", "B", "L", "M"), torch.export.Dim.DYNAMIC)
     shapes = {name: {axis: dims[d] for axis, d in axes[name].items()} for name in inputs}
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from regraft.engine.data.cache import cache_folder
-from regraft.engine.data.read import read_file, read_rows
+from regraft.engine.data.read import read_split
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.split import split_dev
-from regraft.engine.data.tokens import TokenStore, tokenize
 from regraft.engine.errors import DataError
+from regraft.engine.examples import Examples
 from regraft.engine.trained import Trained
 
 
@@ -18,21 +15,22 @@ def heldout_rows(trained: Trained, file: str | None, *, split: str | None = None
 
     Raises DataError when the run's own files are gone or have changed place.
     """
-    data, kind = trained.data, trained.task.type
+    data, task = trained.data, type(trained.task)
     if file is not None:
-        return read_file(file, data, split="test", task_type=kind)
+        return task.read(file, data, split="test")
     split = split or ("test" if data.test else "dev")
     if split == "dev" and data.dev is None:
-        train = read_rows(data, "train", task_type=kind)
-        return split_dev(train, data.dev_fraction, trained.facts["seed"], kind)[1]
-    return read_rows(data, split, task_type=kind)
+        train = read_split(task, data, "train")
+        return split_dev(train, data.dev_fraction, trained.facts["seed"], task.kind())[1]
+    return read_split(task, data, split)
 
 
-def encoded(trained: Trained, rows: Rows) -> tuple[Rows, TokenStore, np.ndarray]:
-    """Rows, tokens and targets, in the same order, by the rules the model was trained with."""
-    targets, kept = trained.task.encode(rows, trained.data.columns.label, trained.data.unknown_label)
-    if len(kept) < len(rows):
-        rows = rows.take(kept, dropped={**rows.dropped, "unknown_label": len(rows) - len(kept)})
-    if not len(rows):
-        raise DataError(f"{rows.path}: no row is left after the rules in data: {rows.dropped}")
-    return rows, tokenize(rows, trained.tokenizer, trained.max_length, cache_dir=cache_folder()), targets
+def encoded(trained: Trained, rows: Rows) -> Examples:
+    """The rows' sequences and targets, by the rules the model was trained with."""
+    data = trained.data
+    made = trained.task.examples(
+        rows, trained.tokenizer, trained.max_length, label_column=data.columns.label, unknown=data.unknown_label
+    )
+    if not len(made):
+        raise DataError(f"{rows.path}: no row is left after the rules in data: {made.rows.dropped}")
+    return made

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.errors import ModelError
+from regraft.engine.output_scale import OutputScale
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
 
@@ -25,9 +26,10 @@ PROOF_TOLERANCE = 1e-4
 @dataclass
 class PackedState:
     """The batch that is running, as the attention modules of one model see it: a `Layout`, or a `GraphLayout` while
-    the model is being exported."""
+    the model is being exported. `marks` [M]: the rows that the head reads, where it reads marked ones."""
 
     layout: Any = None
+    marks: Tensor | None = None
 
 
 def _attention(
@@ -75,20 +77,24 @@ def last_layer(model: Any) -> nn.Module | None:
 
 
 class RunningModel(nn.Module):
-    """A transformers sequence classification model that takes a PackedBatch and gives logits [B, C].
+    """A transformers model with a head that takes a PackedBatch and gives logits.
 
+    `reads`: which rows of hidden states the head is given: the 'first' of each sequence (logits [B, C]), all 'tokens'
+    ([T, C]), or the batch's marked ones ([M, C]). Start and end logits of an answer come as two columns.
     `packed` tells how it runs; `reason` why it does not run packed, else "".
     """
 
     model: Any  # transformers' classes share no useful type
 
-    def __init__(self, model: nn.Module, *, pad_token_id: int) -> None:
+    def __init__(self, model: nn.Module, *, pad_token_id: int, reads: str = "first") -> None:
         super().__init__()
         self.model = model
+        self.reads = reads
         self.pad_token_id = pad_token_id
         self.position_offset = 0
         self.packed = False
         self.reason = ""
+        self.output_scale: OutputScale | None = None
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(model.forward).parameters)
         self._handles: list[Any] = []
@@ -100,24 +106,34 @@ class RunningModel(nn.Module):
         return "token_type_ids" in self._parameters_taken and getattr(self.model.config, "type_vocab_size", 0) > 1
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        return self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+        logits = self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+        return logits if self.output_scale is None else self.output_scale(logits)
 
     def _forward_packed(self, batch: PackedBatch) -> Tensor:
         types = batch.token_type_ids
         if self.uses_token_types and types is None:
             types = torch.zeros_like(batch.input_ids)
         layout = plan_layout(batch.lengths, batch.cu_seqlens)
-        return self.run_layout(layout, batch.input_ids, batch.position_ids + self.position_offset, types)
+        positions = batch.position_ids + self.position_offset
+        return self.run_layout(layout, batch.input_ids, positions, types, batch.marks)
 
-    def run_layout(self, layout: Any, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """The packed forward over any layout that can attend. Shape: [T] each -> logits [B, C]."""
-        self._state.layout = layout
+    def run_layout(
+        self,
+        layout: Any,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        marks: Tensor | None = None,
+    ) -> Tensor:
+        """The packed forward over any layout that can attend. Shape: [T] each, marks [M] -> logits as `reads` says."""
+        self._state.layout, self._state.marks = layout, marks
         inputs: dict[str, Tensor] = {"input_ids": input_ids[None]}
         if "position_ids" in self._parameters_taken:
             inputs["position_ids"] = position_ids[None]
         if self.uses_token_types and token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids[None]
-        return self.model(**inputs).logits
+        logits = logits_of(self.model(**inputs))
+        return logits if self.reads == "first" else logits[0]
 
     def _forward_padded(self, batch: PackedBatch) -> Tensor:
         shape = (batch.sequences, batch.max_seqlen)
@@ -131,7 +147,11 @@ class RunningModel(nn.Module):
             if batch.token_type_ids is not None:
                 types[mask] = batch.token_type_ids
             inputs["token_type_ids"] = types
-        return self.model(**inputs).logits
+        logits = logits_of(self.model(**inputs))
+        if self.reads == "first":
+            return logits
+        logits = logits[mask]
+        return logits if batch.marks is None else logits.index_select(0, batch.marks)
 
     def run_padded(self, reason: str) -> None:
         """Plain transformers on padded batches."""
@@ -187,6 +207,9 @@ class RunningModel(nn.Module):
     def _install(self) -> None:
         for module in self.model.modules():
             module.regraft_state = self._state
+        if self.reads != "first":
+            self._install_marks()
+            return
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
             return
@@ -201,8 +224,24 @@ class RunningModel(nn.Module):
         starts = self._state.layout.starts
         return _replace_hidden(output, lambda hidden: hidden[0].index_select(0, starts)[:, None])
 
+    def _install_marks(self) -> None:
+        if self.reads == "marked":
+            self._handles.append(self.model.base_model.register_forward_hook(self._marked_rows))
+
+    def _marked_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        # Over a vocabulary the head costs more than the encoder: it gets the marked rows and no others.
+        marks = self._state.marks
+        return output if marks is None else _replace_hidden(output, lambda hidden: hidden.index_select(1, marks))
+
     def _mean_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         return _replace_hidden(output, lambda hidden: self._state.layout.means(hidden[0])[:, None])
+
+
+def logits_of(output: Any) -> Tensor:
+    """The head's logits; an answer's start and end as two columns."""
+    if "start_logits" in output:
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    return output.logits
 
 
 def _replace_hidden(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -239,7 +278,8 @@ class _Proof:
         pad = running.pad_token_id
         ids = [torch.where(x == pad, (pad + 1) % config.vocab_size, x) for x in ids]
         device = next(running.model.parameters()).device
-        self.batch = pack([x.numpy() for x in ids]).to(device)
+        marks = torch.arange(0, sum(lengths), 3).numpy() if running.reads == "marked" else None
+        self.batch = pack([x.numpy() for x in ids], marks=marks).to(device)
         self.expected = self._logits()
 
     def _logits(self) -> Tensor:

@@ -16,7 +16,8 @@ class PackedBatch:
 
     Shape: input_ids [T] int64, position_ids [T] int64 (each sequence from `position_offset`), cu_seqlens [B + 1]
     int32 (cu_seqlens[i] is where sequence i starts), token_type_ids [T] int64 or None. `lengths` is the same as
-    cu_seqlens on the host, so that nothing has to ask the device.
+    cu_seqlens on the host, so that nothing has to ask the device. `marks` [M] int64: rows of the tokens whose logits
+    are wanted, for a head that reads only those.
     """
 
     input_ids: Tensor
@@ -24,6 +25,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     token_type_ids: Tensor | None = None
+    marks: Tensor | None = None
 
     def __post_init__(self) -> None:
         tokens = sum(self.lengths)
@@ -49,12 +51,14 @@ class PackedBatch:
     def to(self, device: torch.device | str) -> PackedBatch:
         move = lambda t: t.to(device, non_blocking=True)  # noqa: E731
         types = None if self.token_type_ids is None else move(self.token_type_ids)
+        marks = None if self.marks is None else move(self.marks)
         return PackedBatch(
             move(self.input_ids),
             move(self.position_ids),
             move(self.cu_seqlens),
             self.lengths,
             types,
+            marks,
         )
 
 
@@ -63,8 +67,10 @@ def pack(
     *,
     position_offset: int = 0,
     token_types: Sequence[np.ndarray] | None = None,
+    marks: np.ndarray | None = None,
 ) -> PackedBatch:
-    """Pack token id arrays into one batch. `position_offset`: 0, or padding_idx + 1 for the RoBERTa family."""
+    """Pack token id arrays into one batch. `position_offset`: 0, or padding_idx + 1 for the RoBERTa family.
+    `marks` [M]: rows whose logits are wanted."""
     lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
     cu_seqlens = np.zeros(len(lengths) + 1, dtype=np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -76,6 +82,7 @@ def pack(
         cu_seqlens=torch.from_numpy(cu_seqlens),
         lengths=tuple(int(n) for n in lengths),
         token_type_ids=None if token_types is None else torch.from_numpy(np.concatenate(token_types).astype(np.int64)),
+        marks=None if marks is None else torch.from_numpy(marks.astype(np.int64)),
     )
 
 

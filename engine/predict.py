@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import IO, Any
 
 import numpy as np
 
-from regraft.engine.batches import by_length
+from regraft.engine.data.rows import Rows
 from regraft.engine.errors import DataError
-from regraft.engine.tasks import Prediction
+from regraft.engine.tasks.base import FIRST, Prediction
 from regraft.engine.trained import Trained, load_trained
 
 CHUNK_ROWS = 1024
@@ -23,34 +23,43 @@ TOKEN_BUDGET = 8192
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction with the text it is for. `cut_tokens`: how many tokens did not fit the model."""
+    """A prediction with the text it is for, and what stood beside it. `cut_tokens`: tokens that did not fit the model."""
 
     text: str
-    pair: str | None
+    pair: Any
     prediction: Prediction
     cut_tokens: int
 
 
-def predict(trained: Trained, texts: Iterable[tuple[str, str | None]]) -> Iterator[Answer]:
-    """Answers in the order of `texts` (text, second text or None), a chunk of rows at a time.
+def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answer]:
+    """Answers in the order of `texts` (text, and the second text or what else the task takes beside it, or None), a
+    chunk of rows at a time.
 
     A chunk's rows run by length, so padding in attention is small; memory does not grow with the number of texts.
     """
-    from regraft.engine.data.tokens import encode
-    from regraft.engine.evaluation import run_logits
+    from regraft.engine.evaluation import run_all
 
     source = iter(texts)
+    one_text_a_row = trained.task.reads == FIRST
     while chunk := list(islice(source, CHUNK_ROWS)):
         pairs = [p for _, p in chunk if p is not None]
-        if pairs and len(pairs) < len(chunk):
+        if pairs and len(pairs) < len(chunk) and one_text_a_row:
             raise DataError("some texts have a second text and some have none; a model takes one or the other")
-        store = encode([t for t, _ in chunk], pairs or None, trained.tokenizer, trained.max_length)
-        logits = np.empty((len(chunk), trained.task.outputs), dtype=np.float32)
-        for rows in by_length(store.lengths, TOKEN_BUDGET):
-            logits[rows] = run_logits(trained.running, store, rows)
-        cut = _cut_tokens(trained, chunk, store) if store.truncated else np.zeros(len(chunk), dtype=np.int64)
-        for (text, pair), answer, lost in zip(chunk, trained.task.decode(logits), cut, strict=True):
+        rows = rows_of(chunk)
+        made = trained.task.examples(rows, trained.tokenizer, trained.max_length, labelled=False)
+        answers = trained.task.answers(made, run_all(trained.running, made, TOKEN_BUDGET))
+        cut = np.zeros(len(chunk), dtype=np.int64)
+        if made.store.truncated and made.row_of is None:
+            cut = _cut_tokens(trained, chunk, made.store)
+        for (text, pair), answer, lost in zip(chunk, answers, cut, strict=True):
             yield Answer(text, pair, answer, int(lost))
+
+
+def rows_of(texts: Sequence[tuple[str, Any]]) -> Rows:
+    """Texts, and what stands beside them, as rows without labels."""
+    pairs = [pair for _, pair in texts]
+    beside = None if all(pair is None for pair in pairs) else pairs
+    return Rows("predict", "<texts>", [text for text, _ in texts], None, np.arange(1, len(texts) + 1), pairs=beside)
 
 
 def _cut_tokens(trained: Trained, chunk: list[tuple[str, str | None]], store: Any) -> np.ndarray:
@@ -74,9 +83,10 @@ def evaluate_file(model: str, file: str | None, style: str) -> int:
 
     _set_threads(available_threads())
     trained = load_trained(model)
-    rows, store, targets = encoded(trained, heldout_rows(trained, file))
+    made = encoded(trained, heldout_rows(trained, file))
+    rows, store = made.rows, made.store
     with ProgressBar("evaluating", len(rows), shown=sys.stderr.isatty()) as bar:
-        found = evaluate(trained.running, store, targets, trained.task, progress=bar.advance)
+        found = evaluate(trained.running, made, trained.task, progress=bar.advance)
     details = found.accumulated.details()
     if style == "json":
         record = {"data": rows.path, "rows": len(rows), "dropped": rows.dropped, "truncated_rows": store.truncated}
@@ -100,7 +110,6 @@ def predict_command(
     model: str, texts: list[str], *, file: str | None, pair: str | None, top_k: int | None, style: str | None
 ) -> int:
     """`regraft predict`: write one answer a text to standard output, in order, as they come."""
-    from regraft.engine.data.read import iter_texts
     from regraft.engine.threads import available_threads
 
     if texts and file:
@@ -115,8 +124,7 @@ def predict_command(
     if texts:
         source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
     else:
-        found = iter_texts(file or sys.stdin.buffer, trained.data, dropped=dropped)
-        source = ((row.text, row.pair) for row in found)
+        source = trained.task.inputs(file or sys.stdin.buffer, trained.data, dropped)
     style = style or ("table" if sys.stdout.isatty() else "jsonl")
     write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
     write(predict(trained, source), trained, top_k, sys.stdout)
@@ -131,26 +139,28 @@ def _set_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _label(answer: Prediction) -> str:
-    if isinstance(answer.label, tuple):
-        return ", ".join(answer.label) or "(none)"
-    return f"{answer.label:.4f}" if isinstance(answer.label, float) else answer.label
-
-
 def _write_jsonl(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     for a in answers:
         record: dict[str, Any] = {"text": a.text} | ({"text_pair": a.pair} if a.pair is not None else {})
-        record["label"] = list(a.prediction.label) if isinstance(a.prediction.label, tuple) else a.prediction.label
-        if a.prediction.scores:
-            record["scores"] = {name: round(p, 6) for name, p in a.prediction.top(top_k).items()}
+        record |= _rounded(trained.task.answer(a.prediction, top_k))
+        if "scores" in record:
+            record.pop("score", None)
         if a.cut_tokens:
             record["cut_tokens"] = a.cut_tokens
         out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: item if key == "label" else _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return round(value, 6) if isinstance(value, float) else value
+
+
 def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     writer = csv.writer(out, lineterminator="\n")
-    scored = trained.task.type != "regression"
+    scored = trained.task.reads == FIRST and trained.task.type != "regression"
     names = list(trained.task.labels) if scored and top_k is None else []
     ranks = [f"{part}_{n + 1}" for n in range(top_k or 0) for part in ("label", "score")] if scored else []
     writer.writerow(["text", "text_pair", "label", *names, *ranks, "cut_tokens"])
@@ -158,13 +168,14 @@ def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, o
         scores = [f"{a.prediction.scores[name]:.6f}" for name in names]
         for name, p in a.prediction.top(top_k).items() if ranks else ():
             scores += [name, f"{p:.6f}"]
-        writer.writerow([a.text, a.pair or "", _label(a.prediction), *scores, a.cut_tokens])
+        pair = a.pair if isinstance(a.pair, str) else ""
+        writer.writerow([a.text, pair, trained.task.shown(a.prediction), *scores, a.cut_tokens])
 
 
 def _write_table(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     for a in answers:
         shown = "  ".join(f"{name} {p:.3f}" for name, p in a.prediction.top(top_k or 3).items())
-        text = a.text if a.pair is None else f"{a.text} | {a.pair}"
+        text = f"{a.text} | {a.pair}" if isinstance(a.pair, str) else a.text
         text = text if len(text) <= 60 else text[:59] + "…"
         cut = f"  ({a.cut_tokens} tokens cut)" if a.cut_tokens else ""
-        out.write(f"{text:60}  {_label(a.prediction):24}  {shown}{cut}\n")
+        out.write(f"{text:60}  {trained.task.shown(a.prediction):24}  {shown}{cut}\n")

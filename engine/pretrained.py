@@ -78,7 +78,8 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
 
     Raises ModelError for a folder that is not a model, and for a hub name without a network.
     """
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    import transformers
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     name = resolve(config.name)
@@ -86,14 +87,12 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
     logging.disable_progress_bar()
     labels = task.labels
     try:
-        settings = AutoConfig.from_pretrained(
-            name,
-            revision=config.revision,
-            num_labels=task.outputs,
-            id2label=dict(enumerate(labels)),
-            label2id={label: i for i, label in enumerate(labels)},
-            problem_type=task.problem_type,
-        )
+        named: dict[str, Any] = {"num_labels": task.outputs} if task.outputs else {}
+        if labels and len(labels) == task.outputs:
+            named |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        if task.problem_type is not None:
+            named["problem_type"] = task.problem_type
+        settings = AutoConfig.from_pretrained(name, revision=config.revision, **named)
         if config.dropout is not None:
             for key in (
                 "hidden_dropout_prob",
@@ -104,7 +103,7 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
             ):
                 if hasattr(settings, key):
                     setattr(settings, key, config.dropout)
-        return AutoModelForSequenceClassification.from_pretrained(
+        return getattr(transformers, task.auto_model).from_pretrained(
             name, config=settings, revision=config.revision, dtype="float32"
         )
     except (OSError, ValueError, KeyError) as error:

@@ -27,6 +27,31 @@ def available_threads(root: str | Path = "/") -> int:
     return max(threads, 1)
 
 
+BUSY = 20.0  # percent of the last ten seconds in which a process waited for a core
+
+
+def give_way(root: str | Path = "/") -> bool:
+    """Let OpenMP's threads sleep while they wait for each other, if others want this machine's cores; returns whether.
+
+    By default they spin: on a quiet machine that saves their waking up, but beside another busy process each waits for
+    one that was sent off its core, holding its own meanwhile, and a training step takes up to ten times as long. Has to
+    be called before torch is imported. What the user set in OMP_WAIT_POLICY or GOMP_SPINCOUNT is left alone.
+    """
+    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ or cpu_pressure(root) < BUSY:
+        return False
+    os.environ["GOMP_SPINCOUNT"] = "0"
+    return True
+
+
+def cpu_pressure(root: str | Path = "/") -> float:
+    """Percent of the last ten seconds in which some process waited for a core; 0 where the kernel does not tell."""
+    try:
+        first = (Path(root) / "proc/pressure/cpu").read_text(encoding="utf-8").split("\n")[0]
+        return float(dict(part.split("=") for part in first.split()[1:])["avg10"])
+    except (OSError, ValueError, KeyError):
+        return 0.0
+
+
 def cgroup_cpus(root: str | Path = "/") -> float | None:
     """The tightest CPU quota of the process's control group and of those above it, in CPUs; None without one."""
     root = Path(root)

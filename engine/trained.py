@@ -6,6 +6,7 @@ It loads with `AutoModelForSequenceClassification.from_pretrained` and gives the
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,7 +42,8 @@ class Trained:
 def save_trained(folder: Path, running: RunningModel, config: RunConfig, data: Prepared) -> None:
     """Write weights, config, tokenizer and facts, replacing `folder` at once."""
     with new_folder(folder) as beside:
-        running.model.save_pretrained(beside)
+        with running.output_scale.folded() if running.output_scale else nullcontext():
+            running.model.save_pretrained(beside)
         hugging_face_tokenizer(config.model).save_pretrained(beside)
         facts = {
             "task": data.task.spec(),
@@ -91,7 +93,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
 def load_trained(path: str | Path, *, packing: str = "auto", device: str | None = None) -> Trained:
     """Load a run's best model (or a model folder) for inference. Raises ModelError."""
     import torch
-    from transformers import AutoModelForSequenceClassification
+    import transformers
     from transformers.utils import logging
 
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
@@ -104,10 +106,11 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     logging.disable_progress_bar()
     tokenizer = load_fast_tokenizer(str(folder))
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="float32")
+        task = task_from_spec(facts["task"])
+        model = getattr(transformers, task.auto_model).from_pretrained(folder, dtype="float32")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(explain(str(folder), error)) from None
-    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id)
+    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id, reads=task.reads)
     running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if packing == "auto":
         running.run_packed()
@@ -115,7 +118,7 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     running.eval()
     return Trained(
         folder,
-        task_from_spec(facts["task"]),
+        task,
         tokenizer,
         facts["max_length"],
         DataConfig.model_validate(facts["data"]),

@@ -32,6 +32,7 @@ class Shipped:
     num_stages: int = 3
     aligned: Sequence[str] = field(default_factory=tuple)
     wide_loads: bool = True
+    targets: Sequence[int] = TARGETS
 
     @classmethod
     def of(

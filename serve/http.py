@@ -25,14 +25,15 @@ from regraft.serve.schemas import (
     ANSWERS,
     ErrorAnswer,
     ItemError,
+    OpenAnswer,
     PredictRequest,
     Times,
-    answer_fields,
     example_answer,
+    taken,
 )
 from regraft.serve.settings import ServeSettings
 from regraft.serve.tickets import Failure, Outcome, Overloaded, Ticket, TooLarge
-from regraft.serve.tokens import Encoded
+from regraft.serve.tokens import Encoded, Prepared
 
 # So many characters for each token that the queue takes may wait for the tokenizer; more would find the queue full.
 BACKLOG_CHARACTERS = 8
@@ -44,9 +45,9 @@ class Model(Protocol):
     info: BundleInfo
     task: Task
 
-    def tokenize(self, texts: Sequence[str], pairs: Sequence[str | None] | None = None) -> list[Encoded]: ...
+    def prepare(self, texts: Sequence[str], pairs: Sequence[Any] | None = None) -> Prepared: ...
 
-    def decode(self, logits: np.ndarray) -> list[Prediction]: ...
+    def answers(self, prepared: Prepared, outputs: Sequence[np.ndarray]) -> list[Prediction]: ...
 
 
 def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | None = None) -> FastAPI:
@@ -68,7 +69,7 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
     )
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     add_error_answers(app)
-    answer_type: Any = ANSWERS[session.task.type]
+    answer_type: Any = ANSWERS.get(session.task.type, OpenAnswer)
     predict_answer: Any = create_model(
         "PredictAnswer",
         __config__=ConfigDict(
@@ -100,28 +101,41 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
             raise TooLarge(f"{len(inputs)} inputs in one request; at most {settings.max_items} are taken at a time")
         scheduler.check_room()
         nonlocal backlog
-        texts, pairs = [i.text for i in inputs], [i.text_pair for i in inputs]
-        characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if pair is not None)
+        texts, pairs = taken(session.task, inputs, isinstance(body.inputs, list))
+        characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if isinstance(pair, str))
         if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
             raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)
         backlog += characters
         began = perf_counter()
         try:
-            items = await asyncio.get_running_loop().run_in_executor(tokenizing, session.tokenize, texts, pairs)
+            prepared = await asyncio.get_running_loop().run_in_executor(tokenizing, session.prepare, texts, pairs)
         finally:
             backlog -= characters
         took = perf_counter() - began
-        readable = [i for i, item in enumerate(items) if item.problem is None]
-        rows: list[np.ndarray | Failure] = [Failure(item.problem or "") for item in items]
         outcome = Outcome((), 0.0, 0.0)
-        if readable:
-            outcome = await _answer_or_leave(scheduler, scheduler.submit([items[i] for i in readable]), request)
-            for i, row in zip(readable, outcome.rows, strict=True):
-                rows[i] = row
-        if len(rows) == 1 and isinstance(rows[0], Failure) and not isinstance(body.inputs, list):
-            return error_answer(500, "item_failed", rows[0].message)
+        if prepared.items:
+            outcome = await _answer_or_leave(scheduler, scheduler.submit(prepared.items), request)
+        failed = prepared.problems | {
+            owner: row.message
+            for owner, row in zip(prepared.owners, outcome.rows, strict=True)
+            if isinstance(row, Failure)
+        }
+        if failed and not isinstance(body.inputs, list):
+            return error_answer(500, "item_failed", next(iter(failed.values())))
         times = Times(tokenize_ms=_ms(took), queue_ms=_ms(outcome.queue), inference_ms=_ms(outcome.inference))
-        return predict_answer(predictions=_answers(session, answer_type, items, rows, body.top_k), times=times)
+        if any(isinstance(row, Failure) for row in outcome.rows):
+            # What is left is answered as if the failed inputs had not been asked.
+            left = [i for i in range(prepared.inputs) if i not in failed]
+            outputs = dict(zip(_places(prepared), outcome.rows, strict=True))
+            prepared = session.prepare([texts[i] for i in left], [pairs[i] for i in left])
+            found = [outputs[left[owner], nth] for owner, nth in _places(prepared)]
+            answered = session.answers(prepared, found) if left else []
+            items = {left[o]: [prepared.items[n] for n in prepared.of(o)] for o in range(len(left))}
+        else:
+            answered = session.answers(prepared, outcome.rows) if prepared.items else []
+            items = {o: [prepared.items[n] for n in prepared.of(o)] for o in set(prepared.owners)}
+        shaped = _answers(session.task, answer_type, len(inputs), answered, items, failed, body.top_k)
+        return predict_answer(predictions=shaped, times=times)
 
     @app.get("/health", summary="Is the process alive?")
     async def health() -> dict[str, bool]:
@@ -181,18 +195,34 @@ async def _watch(scheduler: Scheduler) -> None:
         await asyncio.sleep(1.0)
 
 
+def _places(prepared: Prepared) -> list[tuple[int, int]]:
+    """For each item the input it is of, and the how manieth of that input's it is."""
+    seen: dict[int, int] = {}
+    places = []
+    for owner in prepared.owners:
+        places.append((owner, seen.get(owner, 0)))
+        seen[owner] = seen.get(owner, 0) + 1
+    return places
+
+
 def _answers(
-    session: Model, answer_type: Any, items: Sequence[Encoded], rows: Sequence[np.ndarray | Failure], top_k: int | None
+    task: Task,
+    answer_type: Any,
+    inputs: int,
+    answered: Sequence[Prediction],
+    items: dict[int, list[Encoded]],
+    failed: dict[int, str],
+    top_k: int | None,
 ) -> list[BaseModel]:
-    logits = [row for row in rows if not isinstance(row, Failure)]
-    decoded = iter(session.decode(np.stack(logits)) if logits else ())
+    decoded = iter(answered)
     answers: list[BaseModel] = []
-    for item, row in zip(items, rows, strict=True):
-        if isinstance(row, Failure):
-            answers.append(ItemError.model_validate({"error": {"code": "item_failed", "message": row.message}}))
+    for number in range(inputs):
+        if number in failed:
+            answers.append(ItemError.model_validate({"error": {"code": "item_failed", "message": failed[number]}}))
         else:
-            fields = answer_fields(session.task, next(decoded), top_k)
-            answers.append(answer_type(**fields, tokens=item.tokens, truncated=item.truncated))
+            tokens = sum(item.tokens for item in items[number])
+            truncated = sum(item.truncated for item in items[number])
+            answers.append(answer_type(**task.answer(next(decoded), top_k), tokens=tokens, truncated=truncated))
     return answers
 
 
@@ -205,4 +235,4 @@ def _description(session: Model) -> str:
     shown = ", ".join(f"`{name}`" for name in labels[:30]) + (
         f" and {len(labels) - 30} more" if len(labels) > 30 else ""
     )
-    return f"A {session.task.type} endpoint. Labels: {shown}."
+    return f"A {session.task.type} endpoint." + (f" Labels: {shown}." if labels else "")

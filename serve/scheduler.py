@@ -16,13 +16,13 @@ import numpy as np
 from regraft.serve.tickets import Failure, NotReady, Overloaded, Slot, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
 
-Run = Callable[[Sequence[Encoded]], np.ndarray]
+Run = Callable[[Sequence[Encoded]], Sequence[np.ndarray]]
 
 
 class Scheduler:
     """Queue, admission and worker.
 
-    `run` answers a batch: items [B] -> logits [B, C]. `probe` is an item that a sound model can answer; the worker
+    `run` answers a batch: items [B] -> logits [B, C], or one array an item. `probe` is an item that a sound model can answer; the worker
     runs it after a batch of which nothing succeeded and every `probe_every` seconds of idleness. A batch holds at
     most `max_batch_tokens` tokens (a longer single item stands alone), the queue at most `queue_tokens`.
     """
@@ -189,9 +189,8 @@ class Scheduler:
                 return [Failure(f"the model failed on this item: {_first_line(error)}")]
             half = len(items) // 2
             return self._rows(items[:half]) + self._rows(items[half:])
-        finite = np.logical_and.reduce(np.isfinite(logits), axis=1)
         not_finite = Failure("the model gave a number that is not finite")
-        return [logits[i] if finite[i] else not_finite for i in range(len(items))]
+        return [row if np.isfinite(row).all() else not_finite for row in logits]
 
     def _try_probe(self) -> None:
         """Can the model answer at all? If not, nobody is left waiting for it."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from regraft.engine.tasks import Prediction, Task
+from regraft.engine.tasks import Task
 
 
 class Pair(BaseModel):
-    """A text, and the second text of a pair where the task compares two."""
+    """A text, with what stands beside it where the task takes more: the second text of a pair, a context, choices."""
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"text": "How old are you?", "text_pair": "What is your age?"}]}
     )
 
-    text: str = Field(description="The text, or the first text of a pair.")
+    text: str | None = Field(default=None, description="The text, or the first text of a pair.")
     text_pair: str | None = Field(default=None, description="The second text of a pair.")
+    words: list[str] | None = Field(default=None, description="A text that is cut into words already.")
+    question: str | None = Field(default=None, description="What is asked of `context`.")
+    context: str | None = Field(default=None, description="The text that holds the answer.")
+    choices: list[str] | None = Field(default=None, description="The texts that may follow `text`.")
 
 
 def _shape(value: Any) -> str | None:
@@ -143,26 +148,35 @@ class Times(BaseModel):
     inference_ms: float
 
 
-def answer_fields(task: Task, prediction: Prediction, top_k: int | None) -> dict[str, Any]:
-    """The task's part of an answer."""
-    if task.type == "regression":
-        return {"label": prediction.label}
-    scores = prediction.top(top_k)
-    if task.type == "multilabel":
-        return {"label": list(cast(tuple[str, ...], prediction.label)), "scores": scores}
-    return {"label": prediction.label, "score": prediction.scores[str(prediction.label)], "scores": scores}
+class OpenAnswer(BaseModel):
+    """What the task finds; the example shows the fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokens: Tokens
+    truncated: Truncated
+
+
+def taken(task: Task, inputs: Sequence[Pair], many: bool) -> tuple[list[str], list[Any]]:
+    """Texts and what stands beside them, as the task reads objects. Raises pydantic's error at what it refuses."""
+    texts, beside = [], []
+    for number, item in enumerate(inputs):
+        given = item.model_dump(exclude_none=True)
+        try:
+            text, other = task.take(given)
+        except ValueError as error:
+            field, _, message = str(error).partition(": ")
+            place = ("body", "inputs", *((number,) if many else ()), field)
+            problem = {"type": "input_fields", "loc": place, "msg": message, "input": given}
+            raise RequestValidationError([problem]) from None
+        texts.append(text)
+        beside.append(other)
+    return texts, beside
 
 
 def example_answer(task: Task) -> dict[str, Any]:
     """An answer as this task gives it, with its own label names, for the OpenAPI page."""
-    if task.type == "regression":
-        fields: dict[str, Any] = {"label": 3.4}
-    else:
-        first, scores = task.labels[0], dict(zip(task.labels, (0.86, 0.11, 0.03), strict=False))
-        fields = {"label": [first], "scores": scores}
-        if task.type == "classification":
-            fields = {"label": first, "score": 0.86, "scores": scores}
-    return {**fields, "tokens": 9, "truncated": 0}
+    return {**task.example_answer(), "tokens": 9, "truncated": 0}
 
 
 def field_path(location: Sequence[int | str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ import numpy as np
 
 from regraft.engine.bundle import BundleInfo, read_info
 from regraft.engine.errors import BundleError
-from regraft.engine.graph_inputs import graph_inputs
+from regraft.engine.graph_inputs import graph_inputs, graph_outputs
 from regraft.engine.tasks import Prediction, Task, task_from_spec
 from regraft.engine.threads import available_threads
 from regraft.serve.groups import like_lengths
-from regraft.serve.tokens import Encoded, TextEncoder
+from regraft.serve.rows import load_bundled, prepare_rows
+from regraft.serve.tokens import Encoded, Prepared, TextEncoder
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,6 +58,8 @@ class Session:
         self.task: Task = task_from_spec(self.info.task)
         self.threads = threads or available_threads()
         self._encoder = TextEncoder(self.folder / "tokenizer.json", self.info.max_length)
+        self._one_each = type(self.task).examples is Task.examples and type(self.task).answers is Task.answers
+        self._tokenizer = None if self._one_each else load_bundled(self.folder, self.info)
         self._graph = _load_graph(self.folder / "model.onnx", self.threads, providers)
         self._check_inputs()
         self._slack = SLACK[self.info.layout]
@@ -65,14 +69,34 @@ class Session:
         """Token ids of texts, or of pairs where `pairs` has a second text, cut to the model's `max_length`."""
         return self._encoder.encode(texts, pairs)
 
-    def run(self, items: Sequence[Encoded]) -> np.ndarray:
-        """Logits [B, C] float32 in the order of `items`; texts of like length go through the graph together."""
+    def prepare(self, texts: Sequence[str], pairs: Sequence[Any] | None = None) -> Prepared:
+        """The model's items for texts, each with what stands beside it; a text that cannot be read has a problem."""
+        if self._one_each:
+            items = self.tokenize(texts, pairs)
+            problems = {i: item.problem for i, item in enumerate(items) if item.problem is not None}
+            readable = [i for i in range(len(items)) if i not in problems]
+            return Prepared(len(items), [items[i] for i in readable], readable, problems)
+        beside = [None] * len(texts) if pairs is None else list(pairs)
+        return prepare_rows(self.task, self._tokenizer, self.info.max_length, texts, beside)
+
+    def answers(self, prepared: Prepared, outputs: Sequence[np.ndarray]) -> list[Prediction]:
+        """Answers for the inputs without a problem, from the outputs of all their items."""
+        if prepared.examples is None:
+            return self.decode(np.stack(outputs)) if len(outputs) else []
+        return self.task.answers(prepared.examples, outputs)
+
+    def run(self, items: Sequence[Encoded]) -> Sequence[np.ndarray]:
+        """What the head gives for each item, in their order: logits [B, C] float32, or for a head that reads tokens
+        one array [L, C] an item. Texts of like length go through the graph together."""
         lengths = np.array([item.tokens for item in items], dtype=np.int64)
-        logits = np.empty((len(items), self.task.outputs), dtype=np.float32)
+        outputs: list[Any] = [None] * len(items)
         for group in like_lengths(lengths, self._slack):
-            inputs = graph_inputs(self.info, [items[i].ids for i in group], [items[i].types for i in group])
-            logits[group] = self._graph.run(["logits"], inputs)[0]
-        return logits
+            ids, types = [items[i].ids for i in group], [items[i].types for i in group]
+            marks = [_marks(items[i]) for i in group] if self.info.reads == "marked" else None
+            logits = self._graph.run(["logits"], graph_inputs(self.info, ids, types, marks))[0]
+            for i, found in zip(group, graph_outputs(self.info, logits, ids, marks), strict=True):
+                outputs[i] = found
+        return np.stack(outputs) if self.info.reads == "first" else outputs
 
     def decode(self, logits: np.ndarray) -> list[Prediction]:
         """Answers for logits [B, C]: the activation and thresholds are the task's."""
@@ -84,7 +108,8 @@ class Session:
 
     def probe(self) -> Encoded:
         """A short sentence that the model must always be able to answer."""
-        return self.tokenize(["ready"])[0]
+        item = self.tokenize(["ready"])[0]
+        return replace(item, marks=np.zeros(1, dtype=np.int64)) if self.info.reads == "marked" else item
 
     def warm_up(self, tokens: int) -> None:
         """Run a few shapes, the largest first, so that memory is reserved once and the first request is not slow."""
@@ -100,13 +125,19 @@ class Session:
 
     def _check_inputs(self) -> None:
         found = sorted(i.name for i in self._graph.get_inputs())
-        expected = sorted((*INPUTS[self.info.layout], *(("token_type_ids",) if self.info.token_types else ())))
+        marked = self.info.reads == "marked" and self.info.layout == "packed"
+        more = (*(("token_type_ids",) if self.info.token_types else ()), *(("marks",) if marked else ()))
+        expected = sorted((*INPUTS[self.info.layout], *more))
         outputs = [o.name for o in self._graph.get_outputs()]
         if found != expected or "logits" not in outputs:
             raise BundleError(
                 f"{self.folder / 'model.onnx'}: inputs {found}, outputs {outputs}; "
                 f"the {self.info.layout} layout has inputs {expected}, output ['logits']"
             )
+
+
+def _marks(item: Encoded) -> np.ndarray:
+    return np.zeros(1, dtype=np.int64) if item.marks is None else item.marks
 
 
 def _load_graph(path: Path, threads: int, providers: Sequence[str] | None) -> onnxruntime.InferenceSession:

@@ -17,17 +17,38 @@ class Encoded:
     """One text or pair as the model takes it.
 
     Shape: ids [L] int64, types [L] int64 (0 for the first text, 1 for the second). `truncated` tokens were cut off.
-    `problem` says why there are no tokens, where there are none.
+    `problem` says why there are no tokens, where there are none. `marks` [M]: places whose logits are wanted, for a
+    head that reads marked tokens.
     """
 
     ids: np.ndarray
     types: np.ndarray
     truncated: int = 0
     problem: str | None = None
+    marks: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Inputs of a request as items for the model. An input may take several items, as a long text in windows does.
+
+    `items`: every input's, in order; `owners` [len(items)]: the input each is of; `problems`: why an input has none.
+    `examples`: the sequences of the inputs without a problem, for a task that needs more than logits to answer.
+    """
+
+    inputs: int
+    items: list[Encoded]
+    owners: list[int]
+    problems: dict[int, str]
+    examples: Any = None
+
+    def of(self, number: int) -> list[int]:
+        """Places in `items` of one input's."""
+        return [i for i, owner in enumerate(self.owners) if owner == number]
 
 
 class TextEncoder:
@@ -56,7 +77,7 @@ class TextEncoder:
         seconds = [None] * len(texts) if pairs is None else list(pairs)
         if len(seconds) != len(texts):
             raise ValueError(f"{len(texts)} texts but {len(seconds)} pairs")
-        bad = {i for i, pair in enumerate(zip(texts, seconds, strict=True)) if not all(map(_is_unicode, pair))}
+        bad = {i for i, pair in enumerate(zip(texts, seconds, strict=True)) if not all(map(is_unicode, pair))}
         if bad:
             texts = ["" if i in bad else text for i, text in enumerate(texts)]
             seconds = [None if i in bad else second for i, second in enumerate(seconds)]
@@ -83,7 +104,7 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 NOT_UNICODE = Encoded(_NOTHING, _NOTHING, problem="the text is not valid Unicode: it holds half of a surrogate pair")
 
 
-def _is_unicode(text: str | None) -> bool:
+def is_unicode(text: str | None) -> bool:
     """JSON can spell half of a surrogate pair; UTF-8 and the tokenizer cannot."""
     if text is None or text.isascii():
         return True

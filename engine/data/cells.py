@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from regraft.engine.config import DataConfig
@@ -50,19 +51,19 @@ def open_cells(source: Source, data: DataConfig, *, need_labels: bool) -> Iterat
         yield table
 
 
-def parse_json_line(line: str, place: str) -> dict[str, Any]:
-    """The object in one line. Raises DataError saying what is wrong where."""
+def parse_json_line(line: str, path: str | Path, number: int) -> dict[str, Any]:
+    """The object in line `number` of `path`. Raises DataError saying what is wrong where."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place}: not valid JSON: {error.msg} at character {error.pos + 1}: {_around(line, error.pos)}"
+            f"{at(path, number)}: not valid JSON: {error.msg} at character {error.pos + 1}: {_around(line, error.pos)}"
         ) from None
     except RecursionError:
-        raise DataError(f"{place}: not usable JSON: nested too deeply") from None
+        raise DataError(f"{at(path, number)}: not usable JSON: nested too deeply") from None
     if not isinstance(value, dict):
         kind = {list: "a list", str: "a string", type(None): "null"}.get(type(value), f"a {type(value).__name__}")
-        raise DataError(f'{place}: expected an object such as {{"text": "..."}}, found {kind}')
+        raise DataError(f'{at(path, number)}: expected an object such as {{"text": "..."}}, found {kind}')
     return value
 
 
@@ -116,11 +117,13 @@ def _json_rows(source: Source, lines: Iterator[str], data: DataConfig) -> Iterat
             continue
         if number == 1 and line.lstrip().startswith("["):
             raise DataError(f"{at(source.path, 1)}: a JSON list; expected one object a line (jsonl)")
-        values = parse_json_line(line, at(source.path, number))
-        yield number, *json_cells(values, data, line, at(source.path, number))
+        values = parse_json_line(line, source.path, number)
+        yield number, *json_cells(values, data, line, source.path, number)
 
 
-def json_cells(values: dict[str, Any], data: DataConfig, line: str, place: str) -> tuple[Any, Any, Any]:
+def json_cells(
+    values: dict[str, Any], data: DataConfig, line: str, path: str | Path, number: int
+) -> tuple[Any, Any, Any]:
     """Text, pair and label of one object, whose spelling is `line`."""
     text, pair, label = data.columns.text, data.columns.text_pair, data.columns.label
     cells = (
@@ -129,7 +132,7 @@ def json_cells(values: dict[str, Any], data: DataConfig, line: str, place: str) 
         values[label] if label in values else Absent(label, tuple(values)),
     )
     if "\\ud" in line or "\\uD" in line:
-        _refuse_halves(cells, place)
+        _refuse_halves(cells, at(path, number))
     return cells
 
 

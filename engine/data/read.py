@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -18,7 +18,21 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import HUB, find_source, without_mark
 from regraft.engine.errors import DataError, at
 
+if TYPE_CHECKING:
+    from regraft.engine.tasks import Task
+
 STDIN = "<stdin>"
+
+
+def read_split(task: type[Task], data: DataConfig, split: str) -> Rows:
+    """Rows of 'train', 'dev' or 'test' as the task reads them; `data.limit` holds for train.
+
+    Raises DataError naming file, line and column.
+    """
+    path = {"train": data.train, "dev": data.dev, "test": data.test}[split]
+    if path is None:
+        raise DataError(f"data.{split}: not set, so there are no {split} rows")
+    return task.read(path, data, split=split, limit=data.limit if split == "train" else None)
 
 
 def read_rows(data: DataConfig, split: str, *, task_type: str, need_labels: bool = True) -> Rows:
@@ -103,17 +117,16 @@ def _open(
 def _stream_cells(stream: IO[bytes] | IO[str], data: DataConfig) -> Iterator[Cells]:
     pair = data.columns.text_pair
     for number, line in enumerate(_decoded(stream, data.encoding), 1):
-        place = at(STDIN, number)
         line = line.rstrip("\r\n")
         if line.startswith("{"):
-            values = parse_json_line(line, place)
-            yield number, *json_cells(values, data, line, place)
+            values = parse_json_line(line, STDIN, number)
+            yield number, *json_cells(values, data, line, STDIN, number)
         elif pair is None:
             yield number, line, None, None
         else:
             text, tab, other = line.partition("\t")
             if not tab:
-                raise DataError(f"{place}: expected a pair: two texts with a tab between, or a JSON object")
+                raise DataError(f"{at(STDIN, number)}: expected a pair: two texts with a tab between, or a JSON object")
             yield number, text, other, None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from regraft.engine.data.cache import cache_folder
+from regraft.engine.data.cache import cache_folder, forget_oldest, mark_used
 from regraft.engine.data.fast_tokenizer import FastTokenizer, from_transformers, load_fast_tokenizer
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.token_file import read_arrays, write_arrays
@@ -82,6 +82,7 @@ def tokenize(
     found = read_arrays(path)
     if found is not None:
         arrays, counts = found
+        mark_used(path)
         if progress:
             progress(len(rows), len(rows))
         return TokenStore(
@@ -98,6 +99,7 @@ def tokenize(
             {"offsets": store.offsets, "ids": store.ids, "types": store.types},
             {"truncated": store.truncated, "cut_tokens": store.cut_tokens},
         )
+        forget_oldest(path.parent, "*.tokens")
     except OSError as error:
         log.warning("%s: the tokens cannot be kept there for the next run: %s", path.parent, error)
     return store

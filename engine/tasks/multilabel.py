@@ -123,6 +123,16 @@ class MultiLabel(Task):
     def metrics(self) -> Metrics:
         return MultiLabelMetrics(self)
 
+    def tune(self, metrics: Metrics) -> bool:
+        if self.tuned:
+            assert isinstance(metrics, MultiLabelMetrics)
+            self.thresholds = metrics.tuned_thresholds()
+        return self.tuned
+
+    def example_answer(self) -> dict[str, Any]:
+        found = super().example_answer()
+        return {"label": [found["label"]], "scores": found["scores"]}
+
     def decode(self, logits: np.ndarray) -> list[Prediction]:
         answers = []
         for p in sigmoid(logits):

@@ -39,6 +39,7 @@ class Regression(Task):
             raise DataError(
                 f"{train.path}: all {len(train)} rows have the value {targets[0]:g}; there is nothing to learn"
             )
+        task.scale = (float(targets.mean(dtype=np.float64)), float(targets.std(dtype=np.float64)))
         return task
 
     @classmethod
@@ -71,10 +72,15 @@ class Regression(Task):
         return np.ones(len(targets), dtype=np.float32)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        return ((logits.float().squeeze(-1) - targets).square() * weights).sum()
+        # In units of the spread: 1 is what the mean of all labels would score, whatever the labels' unit.
+        spread = self.scale[1] if self.scale else 1.0
+        return (((logits.float().squeeze(-1) - targets) / spread).square() * weights).sum()
 
     def metrics(self) -> Metrics:
         return RegressionMetrics()
+
+    def example_answer(self) -> dict[str, Any]:
+        return {"label": 3.4}
 
     def decode(self, logits: np.ndarray) -> list[Prediction]:
         return [Prediction(float(x), {}) for x in logits[:, 0]]

@@ -6,14 +6,14 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from regraft.engine.evaluation import Evaluation, evaluate
+from regraft.engine.examples import Examples
 from regraft.engine.files import write_text
 from regraft.engine.machine import describe, versions
-from regraft.engine.tasks import MultiLabel, Task
+from regraft.engine.tasks import Task
 from regraft.engine.trained import read_facts, write_facts
 
 if TYPE_CHECKING:
     from regraft.engine.training.run import _Run
-    from regraft.engine.training.setup import Split
 
 WORST_SHOWN = 20
 
@@ -28,8 +28,7 @@ def finish_run(run: _Run) -> dict[str, dict[str, float]]:
             continue
         split = run.data.splits[name]
         found[name] = _evaluate(run, split, task)
-        if name == "dev" and isinstance(task, MultiLabel) and task.tuned:
-            task.thresholds = found["dev"].accumulated.tuned_thresholds()  # type: ignore[attr-defined]
+        if name == "dev" and task.tune(found["dev"].accumulated):
             found["dev"] = _evaluate(run, split, task)
     metrics = {name: e.metrics for name, e in found.items()}
     if not run.accelerator.is_main_process:
@@ -56,26 +55,24 @@ def load_best(run: _Run) -> None:
 
     weights = load_file(run.folder / "best" / "model.safetensors")
     run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
+    run.running.output_scale = None  # it is in the saved weights
 
 
-def _evaluate(run: _Run, split: Split, task: Task) -> Evaluation:
-    return evaluate(run.running, split.store, split.targets, task, accelerator=run.accelerator, keep_worst=WORST_SHOWN)
+def _evaluate(run: _Run, split: Examples, task: Task) -> Evaluation:
+    return evaluate(run.running, split, task, accelerator=run.accelerator, keep_worst=WORST_SHOWN)
 
 
-def worst_rows(evaluation: Evaluation, split: Split, task: Task) -> list[dict[str, Any]]:
+def worst_rows(evaluation: Evaluation, split: Examples) -> list[dict[str, Any]]:
     """The worst errors as the report shows them."""
     shown = []
-    for loss, row, logits in evaluation.worst:
-        answer = task.decode(logits[None])[0].label
-        expected = task.describe(split.targets[row])
-        predicted = ", ".join(answer) or "(none)" if isinstance(answer, tuple) else _short(answer)
-        if task.type != "regression" and predicted == expected:
+    for loss, row, (expected, predicted) in evaluation.worst:
+        if predicted == expected:
             continue
         shown.append(
             {
                 "where": split.rows.where(row),
                 "text": split.rows.texts[row],
-                "pair": split.rows.pairs[row] if split.rows.pairs is not None else None,
+                "pair": pair if isinstance(pair := _pair(split, row), str) else None,
                 "expected": expected,
                 "predicted": predicted,
                 "loss": loss,
@@ -84,8 +81,8 @@ def worst_rows(evaluation: Evaluation, split: Split, task: Task) -> list[dict[st
     return shown
 
 
-def _short(answer: str | float) -> str:
-    return f"{answer:.4g}" if isinstance(answer, float) else answer
+def _pair(split: Examples, row: int) -> Any:
+    return None if split.rows.pairs is None else split.rows.pairs[row]
 
 
 def write_pages(run: _Run, found: dict[str, Evaluation]) -> None:
@@ -102,7 +99,7 @@ def write_pages(run: _Run, found: dict[str, Evaluation]) -> None:
         history=read_history(run.folder / "metrics.jsonl"),
         best=(state.best_step, task.metric, float(state.best_value or 0.0)),
         details=found["dev"].accumulated.details(),
-        worst=worst_rows(found["dev"], run.data.splits["dev"], task),
+        worst=worst_rows(found["dev"], run.data.splits["dev"]),
         data_notes={"splits": notes, "labels": {name: note["labels"] for name, note in notes.items()}},
         totals={"seconds": state.seconds, "tokens": state.tokens, "steps": state.step, "skipped": state.skipped},
     )

@@ -17,7 +17,7 @@ import yaml
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.machine import seconds_since_process_start
+from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
 
@@ -60,6 +60,8 @@ def train(
             f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
             "again to go on"
         ) from error
+    finally:
+        thaw()
 
 
 class _Run:
@@ -75,8 +77,9 @@ class _Run:
         self.config, self.folder, self.on_step, self.quiet = config, folder, on_step, quiet
 
     def go(self) -> RunResult:
-        self.prepare()
-        self.build()
+        with start_without_collector():
+            self.prepare()
+            self.build()
         self.resume()
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
@@ -109,6 +112,7 @@ class _Run:
         from accelerate.utils import ProjectConfiguration
 
         from regraft.engine.models import RunningModel
+        from regraft.engine.output_scale import scale_output
         from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
@@ -125,8 +129,12 @@ class _Run:
             step_scheduler_with_optimizer=False,
         )
         torch.manual_seed(training.seed)  # a fresh head is drawn here
-        model = load_classifier(config.model, self.data.task)
-        self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id)
+        task = self.data.task
+        model = load_classifier(config.model, task)
+        task.attach(model)
+        self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id, reads=task.reads)
+        if task.scale is not None:
+            self.running.output_scale = scale_output(model, *task.scale)
         self.running.to(self.accelerator.device)
         if config.model.packing == "auto":
             self.running.run_packed()
@@ -141,7 +149,7 @@ class _Run:
         self.vocabulary = self.use_rows_in_use(model)
         self.set_training_mode()
         train_split = self.data.splits["train"]
-        self.plan = Plan(len(train_split.rows), training.batch_size, training.seed, training.epochs, training.max_steps)
+        self.plan = Plan(len(train_split), training.batch_size, training.seed, training.epochs, training.max_steps)
         optimizer = build_optimizer(model, training)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
@@ -152,10 +160,8 @@ class _Run:
             model=prepared,
             optimizer=optimizer,
             parameters=self.parameters,
-            task=self.data.task,
-            store=train_split.store,
-            targets=train_split.targets,
-            weights=self.data.task.weights(train_split.targets),
+            task=task,
+            examples=train_split,
             seed=training.seed,
             token_budget=choose_token_budget(config, model, self.precision),
             max_grad_norm=training.max_grad_norm,
@@ -175,17 +181,15 @@ class _Run:
 
         table = model.get_input_embeddings()
         own_table = type(table) is nn.Embedding and table.weight.requires_grad
-        if self.config.model.kernels == "off" or not self.running.packed or not own_table:
+        whole = self.running.reads == "marked"  # a head over the vocabulary needs every row
+        if self.config.model.kernels == "off" or not self.running.packed or not own_table or whole:
             return None
         always = [self.running.pad_token_id] + ([] if table.padding_idx is None else [table.padding_idx])
         rows = rows_in_use([split.store.ids for split in self.data.splits.values()], always, table.num_embeddings)
         if len(rows) > WORTH_IT * table.num_embeddings:
             return None
         used = UsedRows(model, rows, self.config.training.ema)
-        splits = {
-            name: replace(split, store=replace(split.store, ids=used.renumber(split.store.ids)))
-            for name, split in self.data.splits.items()
-        }
+        splits = {name: split.renumbered(used.renumber(split.store.ids)) for name, split in self.data.splits.items()}
         self.data = replace(self.data, splits=splits)
         return used
 
@@ -277,8 +281,10 @@ class _Run:
             self.on_step(info)
 
     def bad_step(self, step: int, rows: np.ndarray, loss: float) -> None:
-        split = self.data.splits["train"].rows
-        places = ", ".join(split.where(int(r)) for r in rows[:4]) + (" ..." if len(rows) > 4 else "")
+        split = self.data.splits["train"]
+        numbers = rows if split.row_of is None else split.row_of[split.sequences(rows)]
+        places = ", ".join(split.rows.where(int(r)) for r in dict.fromkeys(numbers[:4]))
+        places += " ..." if len(rows) > 4 else ""
         if self.history:
             self.history.add({"kind": "skipped", "step": step, "loss": repr(loss), "rows": [int(r) for r in rows]})
         self.bar.say(f"step {step}: loss {loss} or its gradient is not finite; step skipped (rows {places})")
@@ -324,7 +330,7 @@ class _Run:
         if self.averaged:
             self.averaged.swap()
         try:
-            found = evaluate(self.running, dev.store, dev.targets, task, accelerator=self.accelerator)
+            found = evaluate(self.running, dev, task, accelerator=self.accelerator)
             value = found.metrics[task.metric]
             improved = self.improves(value)
             if improved:

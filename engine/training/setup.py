@@ -7,19 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from regraft.engine.config import RunConfig
-from regraft.engine.data.cache import cache_folder
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
-from regraft.engine.data.read import read_rows
-from regraft.engine.data.rows import Rows
+from regraft.engine.data.read import read_split
 from regraft.engine.data.split import split_dev
-from regraft.engine.data.tokens import TokenStore, tokenize
 from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.pretrained import position_limit, resolve
-from regraft.engine.tasks import Task, build_task
+from regraft.engine.tasks import Task, build_task, task_class
 from regraft.engine.threads import available_threads
 
 if TYPE_CHECKING:
@@ -29,22 +25,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Split:
-    """Rows with their tokens and targets, in the same order."""
-
-    rows: Rows
-    store: TokenStore
-    targets: np.ndarray
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What a run learns from. `splits`: train, dev and perhaps test."""
 
     task: Task
     tokenizer: FastTokenizer
     max_length: int
-    splits: dict[str, Split]
+    splits: dict[str, Examples]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -53,7 +40,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     Raises DataError and ModelError.
     """
-    data, kind = config.data, config.task.type
+    data, kind = config.data, task_class(config.task.type)
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
     takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
@@ -62,49 +49,41 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
         )
     max_length = config.model.max_length or min([*takes, 512])
-    train = read_rows(data, "train", task_type=kind)
+    train = read_split(kind, data, "train")
     task = build_task(config.task, train, data.columns.label)
     if data.dev is not None:
-        dev = read_rows(data, "dev", task_type=kind)
+        dev = read_split(kind, data, "dev")
     else:
-        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind)
+        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind.kind())
     parts = {"train": train, "dev": dev}
     if data.test is not None:
-        parts["test"] = read_rows(data, "test", task_type=kind)
+        parts["test"] = read_split(kind, data, "test")
     splits, notes = {}, {}
     for name, rows in parts.items():
         unknown = "error" if name == "train" else data.unknown_label
-        targets, kept = task.encode(rows, data.columns.label, unknown)
-        dropped = dict(rows.dropped)
-        if len(kept) < len(rows):
-            dropped["unknown_label"] = len(rows) - len(kept)
-            rows = rows.take(kept, dropped=dropped)
-        if not len(rows):
-            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {dropped}")
-        store = tokenize(rows, tokenizer, max_length, cache_dir=cache_folder())
-        splits[name] = Split(rows, store, targets)
+        made = task.examples(rows, tokenizer, max_length, label_column=data.columns.label, unknown=unknown)
+        store, rows = made.store, made.rows
+        if not len(made):
+            raise DataError(f"{rows.path}: no row of the {name} split is left after the rules in data: {rows.dropped}")
+        splits[name] = made
         notes[name] = {
             "path": rows.path,
             "rows": len(rows),
-            "dropped": dropped,
+            "sequences": len(store),
+            "dropped": dict(rows.dropped),
             "truncated_rows": store.truncated,
             "cut_tokens": store.cut_tokens,
             "tokens": int(store.lengths.sum()),
-            "labels": _label_counts(task, targets),
+            "labels": made.counts,
         }
         say(_split_line(name, notes[name], max_length))
     return Prepared(task, tokenizer, max_length, splits, notes)
 
 
-def _label_counts(task: Task, targets: np.ndarray) -> dict[str, int]:
-    if task.type == "regression":
-        return {}
-    counts = targets.sum(axis=0) if targets.ndim == 2 else np.bincount(targets, minlength=len(task.labels))
-    return {label: int(n) for label, n in zip(task.labels, counts, strict=True)}
-
-
 def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
     line = f"{name:5} {note['rows']:,} rows, {note['tokens']:,} tokens"
+    if note["sequences"] != note["rows"]:
+        line += f" in {note['sequences']:,} sequences"
     if note["dropped"]:
         line += ", dropped: " + ", ".join(f"{n:,} {rule}" for rule, n in note["dropped"].items())
     if note["truncated_rows"]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from regraft.engine.batches import collate
+from regraft.engine.batches import collate_examples
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
 from regraft.engine.training.optimizer import clipped_step, gradient_norm
@@ -22,7 +22,7 @@ from regraft.engine.training.order import share_by_tokens
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from regraft.engine.data.tokens import TokenStore
+    from regraft.engine.examples import Examples
     from regraft.kernels.embedding import RowGradient
 
 
@@ -45,21 +45,20 @@ class Stepper:
     optimizer: torch.optim.AdamW
     parameters: Sequence[torch.Tensor]
     task: Task
-    store: TokenStore
-    targets: np.ndarray
-    weights: np.ndarray
+    examples: Examples
     seed: int
     token_budget: int
     max_grad_norm: float | None
     rows: RowGradient | None = None
 
     def __call__(self, step: int, rows: np.ndarray) -> StepResult:
+        """Take step number `step` over the units `rows`."""
         while True:
             try:
                 loss = self._gradients(step, rows)
                 break
             except torch.OutOfMemoryError:
-                longest = int(self.store.lengths[rows].max())
+                longest = int(self.examples.lengths[rows].max())
                 if self.token_budget <= longest:
                     raise
                 self.token_budget = max(longest, self.token_budget // 2)
@@ -76,7 +75,7 @@ class Stepper:
         if scaler is not None:
             scaler.update()
         self.clear()
-        return StepResult(loss, value, int(self.store.lengths[rows].sum()), applied)
+        return StepResult(loss, value, int(self.examples.lengths[rows].sum()), applied)
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -87,24 +86,27 @@ class Stepper:
     def _gradients(self, step: int, rows: np.ndarray) -> float:
         """Forward and backward of this process's share; returns the step's loss over all processes."""
         accelerator = self.accelerator
-        total = float(self.weights[rows].sum())
-        lengths = self.store.lengths[rows]
+        # Every process draws the whole step, so that all know its weight.
+        examples, rows = self.task.draw(self.examples, rows, (self.seed, step))
+        total = float(examples.unit_weights[rows].sum())
+        lengths = examples.lengths[rows]
         mine = rows[share_by_tokens(lengths, accelerator.num_processes)[accelerator.process_index]]
         idle = len(mine) == 0  # fewer rows than processes: take part with weight 0, the others wait for our gradients
         mine = rows[:1] if idle else mine
-        parts = [mine[p] for p in split_by_tokens(self.store.lengths[mine].tolist(), self.token_budget)]
+        parts = [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
         # Gradients are averaged over processes; the loss is divided by the whole step's weight.
         factor = accelerator.num_processes / total if total > 0 else 0.0
         lost = torch.zeros((), dtype=torch.float64)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
             torch.manual_seed(step_seed(self.seed, step, accelerator.process_index, number))
-            weights = torch.from_numpy(self.weights[part] * (0.0 if idle else 1.0)).to(accelerator.device)
-            targets = torch.from_numpy(self.targets[part]).to(accelerator.device)
+            sequences = examples.sequences(part)
+            weights = torch.from_numpy(examples.weights[sequences] * (0.0 if idle else 1.0)).to(accelerator.device)
+            targets = torch.from_numpy(self.task.targets_of(examples, sequences)).to(accelerator.device)
             sync: Any = nullcontext() if last else accelerator.no_sync(self.model)
             with sync:
-                logits = self.model(collate(self.store, part).to(accelerator.device))
-                loss = self.task.loss(logits, targets, weights) * factor
+                batch = collate_examples(examples, sequences).to(accelerator.device)
+                loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
                 accelerator.backward(loss)
             lost += loss.detach().double().cpu()
         if accelerator.num_processes > 1:

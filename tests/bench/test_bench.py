@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -342,11 +343,17 @@ def test_scores_of_numbers_are_correlations() -> None:
 
 def test_a_model_that_was_scored_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "WORK", tmp_path)
-    options = options_of(precision="fp32", restart=False)
+    options = options_of(precision="fp32", restart=False, out=tmp_path / "published.json")
     kept = quality.work_folder("rte", "regraft", 0, options).with_suffix(".json")
     kept.parent.mkdir()
     kept.write_text(json.dumps({"score": {"accuracy": 61.5}, "seconds": 9.0}), encoding="utf-8")
     assert quality.measured("rte", "regraft", 0, options).value == 61.5
+    kept.unlink()
+    run = harness.Run("rte", "regraft", 0, 61.5, {"settings": kept.stem})
+    options.out.write_text(json.dumps({"cases": {"rte": {"runs": [asdict(run)]}}}), encoding="utf-8")
+    assert quality.everything_measured([0], options) == [run], (
+        "a published figure counts on a machine without its files"
+    )
     others = {"precision": options_of(precision="bf16"), "rows": options_of(precision="fp32", quick=False)}
     for what, changed in others.items():
         assert quality.work_folder("rte", "regraft", 0, changed).with_suffix(".json") != kept, what

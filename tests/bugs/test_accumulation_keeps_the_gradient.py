@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForSequenceClassification, BertConfig
 
+from regraft.engine.data.rows import Rows
 from regraft.engine.data.tokens import TokenStore
+from regraft.engine.examples import Examples
 from regraft.engine.models import RunningModel
 from regraft.engine.tasks import Classification, MultiLabel, Regression
 from regraft.engine.training.step import Stepper
@@ -36,11 +38,12 @@ def gradient(task, budget: int) -> torch.Tensor:
         "multilabel": generator.integers(0, 2, (16, 3)).astype(np.float32),
         "regression": generator.normal(size=16).astype(np.float32),
     }[task.type]
-    weights = task.weights(targets)
+    rows = Rows("train", "train.csv", [""] * 16, None, np.arange(16))
+    examples = Examples(rows, store, targets, task.weights(targets))
     parameters = list(running.parameters())
     stepper = Stepper(
         accelerator=Accelerator(cpu=True), model=running, optimizer=torch.optim.AdamW(parameters), parameters=parameters,
-        task=task, store=store, targets=targets, weights=weights, seed=0, token_budget=budget, max_grad_norm=None,
+        task=task, examples=examples, seed=0, token_budget=budget, max_grad_norm=None,
     )  # fmt: skip
     stepper._gradients(0, np.arange(16))
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])

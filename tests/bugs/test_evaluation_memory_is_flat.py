@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, BertConfig
 
+from regraft.engine.data.rows import Rows
 from regraft.engine.data.tokens import TokenStore
 from regraft.engine.evaluation import evaluate
+from regraft.engine.examples import Examples
 from regraft.engine.models import RunningModel
 from regraft.engine.tasks import Classification
 
@@ -27,9 +29,10 @@ def peak(rows: int) -> int:
     running.run_packed()
     store = TokenStore(np.random.default_rng(0).integers(5, 50, rows * 4).astype(np.int32), np.arange(rows + 1) * 4)
     task = Classification(tuple(f"c{i}" for i in range(CLASSES)))
-    targets = np.zeros(rows, dtype=np.int64)
+    texts = Rows("dev", "dev.csv", ["" for _ in range(rows)], None, np.arange(rows))
+    examples = Examples(texts, store, np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=np.float32))
     tracemalloc.start()
-    evaluate(running, store, targets, task, token_budget=1024, keep_worst=20)
+    evaluate(running, examples, task, token_budget=1024, keep_worst=20)
     held = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return held

@@ -360,3 +360,18 @@ def test_a_length_without_room_for_text_is_refused(tmp_path, fast):
 
 def test_a_fast_tokenizer_passes_through_unchanged(fast):
     assert isinstance(fast, FastTokenizer) and from_transformers(fast) is fast
+
+
+def test_the_cache_forgets_what_was_unused_for_longest(tmp_path):
+    from regraft.engine.data.cache import forget_oldest, mark_used
+
+    files = [tmp_path / f"{name}.tokens" for name in "abcd"]
+    for age, path in zip((40, 30, 20, 10), files, strict=True):
+        path.write_bytes(bytes(100))
+        os.utime(path, (1e9 - age, 1e9 - age))
+    other = tmp_path / "other.txt"
+    other.write_bytes(bytes(1000))
+    mark_used(files[0])
+    assert forget_oldest(tmp_path, "*.tokens", 250) == [files[1], files[2]]
+    assert files[0].exists() and files[3].exists() and other.exists()
+    assert forget_oldest(tmp_path, "*.tokens", 0) == [files[3]], "what was just made stays, however large"

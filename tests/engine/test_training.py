@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import regraft
+from conftest import regraft, sentences
 from regraft.engine.config import load_config
 from regraft.engine.errors import TrainingError
 from regraft.engine.training.order import Plan, share_by_tokens
@@ -208,3 +208,30 @@ def test_pairs_are_trained_with_their_token_types(make_config, tmp_path):
     done = regraft("predict", tmp_path / "r", "good plot", "--pair", "plot film", "--format", "jsonl")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["text_pair"] == "plot film"
+
+
+def test_a_regression_learns_labels_of_any_unit_and_is_saved_in_theirs(make_config, tmp_path):
+    """Prices around 100,000 are out of reach of a head that starts near 0 and moves by 1e-3 a step."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    prices = {"pos": 150_000.0, "neg": 100_000.0}
+    for name, count, seed in (("t.csv", 400, 7), ("d.csv", 80, 8)):
+        lines = [f"{text},{prices[label]}" for text, label in sentences(count, seed)]
+        (tmp_path / name).write_text("\n".join(["text,label", *lines]) + "\n")
+    path = make_config(
+        task={"type": "regression"},
+        data={"train": str(tmp_path / "t.csv"), "dev": str(tmp_path / "d.csv")},
+        training={"epochs": 8, "learning_rate": 3e-3},
+    )
+    result = run(path, tmp_path / "r")
+    assert result.metrics["dev"]["mae"] < 15_000, "the mean of all prices is 25,000 away"
+    best = tmp_path / "r" / "best"
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(best).eval(),
+        AutoTokenizer.from_pretrained(best),
+    )
+    rows = sentences(80, 8)
+    with torch.no_grad():
+        found = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text, _ in rows]
+    mae = np.abs(np.array(found) - [prices[label] for _, label in rows]).mean()
+    assert mae == pytest.approx(result.metrics["dev"]["mae"], rel=1e-3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from regraft.engine.threads import available_threads, cgroup_cpus
+from regraft.engine.threads import available_threads, cgroup_cpus, give_way
 
 
 def machine(root: Path, cgroup: str, files: dict[str, str]) -> Path:
@@ -71,3 +71,29 @@ def test_an_unlimited_version_1_group_sets_no_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("quota", "threads"), [("190000 100000", 1), ("20000 100000", 1), ("100000 100000", 1)])
 def test_a_part_of_a_cpu_is_no_thread_but_there_is_always_one(tmp_path: Path, quota: str, threads: int) -> None:
     assert available_threads(machine(tmp_path, "0::/", {"sys/fs/cgroup/cpu.max": quota})) == threads
+
+
+@pytest.mark.parametrize(
+    ("pressure", "own", "gives_way"),
+    [
+        ("some avg10=99.49 avg60=9.57 avg300=1.81 total=3782645662\nfull avg10=0.00 avg60=0.00\n", {}, True),
+        ("some avg10=0.30 avg60=99.00 avg300=97.81 total=3782645662\n", {}, False),
+        ("some avg10=99.49 avg60=9.57 avg300=1.81 total=1\n", {"GOMP_SPINCOUNT": "7"}, False),
+        ("some avg10=99.49 avg60=9.57 avg300=1.81 total=1\n", {"OMP_WAIT_POLICY": "ACTIVE"}, False),
+        (None, {}, False),
+    ],
+)
+def test_waiting_threads_sleep_where_others_want_the_cores(tmp_path, monkeypatch, pressure, own, gives_way):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    if pressure is not None:
+        (tmp_path / "proc/pressure").mkdir(parents=True)
+        (tmp_path / "proc/pressure/cpu").write_text(pressure)
+    try:
+        assert give_way(tmp_path) is gives_way
+        assert os.environ.get("GOMP_SPINCOUNT") == ("0" if gives_way else own.get("GOMP_SPINCOUNT"))
+    finally:
+        if gives_way:
+            del os.environ["GOMP_SPINCOUNT"]

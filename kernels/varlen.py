@@ -1,0 +1,318 @@
+"""Variable-length bidirectional attention over a packed row: no padding, no mask, nothing of size length x length kept.
+
+    out = dropout(softmax(scale * R(q) R(k)^T within the window)) v      for every sequence and head
+
+(Dao et al. 2022, 2023; R: rotary embedding, Su et al. 2021). Shape: qkv [T, 3, H, D], cu_seqlens [B + 1] int32 ->
+[T, H, D]. FLOPs: 4 H D sum(len^2) forward, 10 backward (14 done); bytes: 4 T H D values forward, 9 backward, and one
+fp32 a row and head. Bound by arithmetic from about length 256 on, by memory and launches below. Dropout is made again
+from the seed in the backward; blocks outside the window or the sequence are never visited; the backward has no atomics.
+
+On a GPU one of two implementations runs: the kernels of `varlen_triton`, or torch's own
+`aten::_flash_attention_forward`. `HAND_OVER` says which is faster for a shape, by measurement; see `hands_over`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.kernels.checks import expect, expect_cu_seqlens, expect_range
+from regraft.kernels.choice import choice, use_triton
+from regraft.kernels.dropout import scale_of
+from regraft.kernels.lang import IS_INTERPRETED, accumulate, cdiv
+from regraft.kernels.philox import keep_mask, resolve_seed, threshold_of
+from regraft.kernels.varlen_triton import KERNELS, blocks_for, widths
+
+HEAD_SIZES = (32, 64, 96, 128)
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+
+# (compute capability, head size, longest up to, dropout) -> "own" or "aten", from `python bench/kernels.py` on that GPU.
+# Empty: not yet measured on any.
+HAND_OVER: dict[tuple[int, int, int, bool], str] = {}
+LENGTHS = (64, 128, 256, 512, 1024, 8192)
+
+
+def varlen_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    window: int | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """Attention of every token to the tokens of its own sequence at most `window` positions away.
+
+    Shape: qkv [T, 3, H, D], D 32, 64, 96 or 128 for Triton, cu_seqlens [B + 1] int32 (equal neighbours: an empty
+    sequence; the last must be T, which is not read from the device), cos, sin [T, D // 2] -> [T, H, D].
+    `max_seqlen`: no sequence is longer. Differentiable in qkv. Raises ValueError or TypeError, naming the argument.
+    """
+    expect("qkv", qkv, shape=(None, 3, None, None))
+    tokens, _, _, size = qkv.shape
+    expect_cu_seqlens("cu_seqlens", cu_seqlens, qkv)
+    expect_range("p", p, 0, 1)
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{'sin' if sin is None else 'cos'}: is None, expected both cos and sin or neither")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        if angle is not None:
+            expect(name, angle, shape=(tokens, size // 2), like=qkv)
+    if window is not None and window < 0:
+        raise ValueError(f"window: is {window}, expected None or a number of positions from 0")
+    if max_seqlen < 1 and tokens:
+        raise ValueError(f"max_seqlen: is {max_seqlen}, expected at least 1")
+    scale = size**-0.5 if scale is None else scale
+    if hands_over(qkv, max_seqlen, p):
+        return _flash(qkv, cu_seqlens, max_seqlen, scale, p, window, cos, sin)
+    if use_triton(qkv) and size not in HEAD_SIZES and not IS_INTERPRETED:
+        raise ValueError(f"qkv: head size is {size}, expected one of {', '.join(map(str, HEAD_SIZES))}")
+    seed = resolve_seed(seed, p, qkv.device)
+    side = -1 if window is None or window >= max_seqlen - 1 else window
+    return _forward(qkv, cu_seqlens, max_seqlen, scale, side, cos, sin, seed, p, site)[0]
+
+
+def hands_over(qkv: Tensor, max_seqlen: int, p: float) -> bool:
+    """Whether torch's flash attention takes this call: fp16 or bf16 on a GPU, and faster by the measured table.
+
+    Where the table has no entry: yes, it is known to be good, and takes any head size up to 256. REGRAFT_KERNELS=triton
+    keeps the call here. Its dropout comes from torch's generator, not from the seed.
+    """
+    if qkv.device.type != "cuda" or qkv.dtype not in FLASH_DTYPES or choice() != "auto" or qkv.shape[-1] > 256:
+        return False
+    major, minor = torch.cuda.get_device_capability(qkv.device)
+    bucket = next((n for n in LENGTHS if max_seqlen <= n), LENGTHS[-1])
+    key = (10 * major + minor, qkv.shape[-1], bucket, p > 0)
+    return (major, minor) >= (8, 0) and HAND_OVER.get(key, "aten") == "aten"
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [T, H, D] in fp32 or better, by halves; cos, sin [T, D // 2]."""
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    a, b = wide.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def _flash(
+    qkv: Tensor, cu: Tensor, longest: int, scale: float, p: float, window: int | None, cos: Any, sin: Any
+) -> Tensor:
+    q, k, v = qkv.unbind(1)
+    if cos is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    side = -1 if window is None else window
+    call = torch.ops.aten._flash_attention_forward
+    found = call(
+        q, k, v, cu, cu, longest, longest, p, False, False, scale=scale, window_size_left=side, window_size_right=side
+    )
+    return found[0]
+
+
+def reference(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int = 0,
+    *,
+    scale: float | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+    window: int | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> Tensor:
+    """The same in plain torch, sequence by sequence, every step in qkv's dtype."""
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = qkv.unbind(1)
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    seed = seed if threshold_of(p) else None
+    out = torch.zeros_like(q)
+    for start, end in _spans(cu_seqlens):
+        weights = torch.softmax(_scores(q[start:end], k[start:end], scale, -1 if window is None else window), dim=-1)
+        if seed is not None:
+            weights = weights * _keep(weights, start, seed, p, site) * scale_of(p)
+        out = torch.cat([out[:start], torch.einsum("hij,jhd->ihd", weights, v[start:end]), out[end:]])
+    return out
+
+
+def _spans(cu_seqlens: Tensor) -> list[tuple[int, int]]:
+    ends = cu_seqlens.tolist()
+    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, side: int) -> Tensor:
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if side >= 0:
+        at = torch.arange(len(q), device=q.device)
+        scores = scores.masked_fill((at[:, None] - at[None, :]).abs() > side, -math.inf)
+    return scores
+
+
+def _keep(like: Tensor, start: int, seed: Tensor, p: float, site: int) -> Tensor:
+    heads, rows, columns = like.shape
+    tokens = torch.arange(start, start + rows, device=like.device).expand(heads, rows)
+    lane = torch.arange(heads, device=like.device)[:, None]
+    return keep_mask(seed, tokens, columns, p, site=site, lane=lane)
+
+
+def _wide(qkv: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, ...]:
+    q, k, v = qkv.unbind(1)
+    if cos is not None and sin is not None:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return q.to(wide), k.to(wide), v.to(wide)
+
+
+@torch.library.custom_op("regraft::varlen_forward", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    side: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    """out [T, H, D]; lse [H, T], log2 of the sum of exp(score). `side` -1: no window; a seed of None: no dropout."""
+    tokens, _, heads, size = qkv.shape
+    out = qkv.new_empty(tokens, heads, size)
+    lse = qkv.new_empty(heads, tokens, dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32)
+    if use_triton(qkv):
+        shared = (qkv, cu_seqlens, cos, sin, seed)
+        _launch("forward", (*shared, out, lse), shared, max_seqlen, scale, side, p, site)
+        return out, lse
+    q, k, v = _wide(qkv, cos, sin)
+    for start, end in _spans(cu_seqlens):
+        scores = _scores(q[start:end], k[start:end], scale, side)
+        weights = torch.softmax(scores, dim=-1)
+        lse[:, start:end] = torch.logsumexp(scores, dim=-1) / math.log(2)
+        if seed is not None:
+            weights = weights * _keep(weights, start, seed, p, site) * scale_of(p)
+        out[start:end] = torch.einsum("hij,jhd->ihd", weights, v[start:end]).to(out.dtype)
+    return out, lse
+
+
+@_forward.register_fake
+def _(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    side: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    site: int,
+) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, size = qkv.shape
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty(tokens, heads, size), qkv.new_empty(heads, tokens, dtype=wide)
+
+
+@torch.library.custom_op("regraft::varlen_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    side: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    site: int,
+) -> Tensor:
+    """Gradient of qkv [T, 3, H, D]."""
+    dqkv = torch.empty_like(qkv)
+    if use_triton(qkv):
+        delta = torch.empty_like(lse)
+        shared = (qkv, cu_seqlens, cos, sin, seed)
+        rest = (shared, max_seqlen, scale, side, p, site)
+        _launch("queries", (dout, out, *shared, lse, delta, dqkv), *rest)
+        _launch("keys", (dout, *shared, lse, delta, dqkv), *rest)
+        return dqkv
+    q, k, v = _wide(qkv, cos, sin)
+    for start, end in _spans(cu_seqlens):
+        here = slice(start, end)
+        g = dout[here].to(v.dtype)
+        weights = torch.softmax(_scores(q[here], k[here], scale, side), dim=-1)
+        factor = _keep(weights, start, seed, p, site) * scale_of(p) if seed is not None else 1.0
+        slope = torch.einsum("ihd,jhd->hij", g, v[here]) * factor
+        slope = weights * (slope - (slope * weights).sum(-1, keepdim=True)) * scale
+        dq, dk = torch.einsum("hij,jhd->ihd", slope, k[here]), torch.einsum("hij,ihd->jhd", slope, q[here])
+        if cos is not None and sin is not None:  # the transpose of a rotation turns back
+            dq, dk = rotate(dq, cos[here], -sin[here]), rotate(dk, cos[here], -sin[here])
+        dv = torch.einsum("hij,ihd->jhd", weights * factor, g)
+        dqkv[here] = torch.stack([dq, dk, dv], dim=1).to(qkv.dtype)
+    return dqkv
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    side: int,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    site: int,
+) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _launch(
+    part: str, pointers: tuple, shared: tuple, longest: int, scale: float, side: int, p: float, site: int
+) -> None:
+    qkv, cu_seqlens, cos, _, seed = shared
+    tokens, _, heads, size = qkv.shape
+    sequences = cu_seqlens.shape[0] - 1
+    if not tokens or not sequences:
+        return
+    target = 90
+    if qkv.device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(qkv.device)
+        target = 10 * major + minor
+    b = blocks_for(size, longest, qkv.element_size(), part, target, seed is not None, cos is not None)
+    blocks = cdiv(longest, b.n if part == "keys" else b.m)
+    width, half = widths(size, cos is not None)
+    factor = scale * math.log2(math.e)
+    factors = (factor,) if part == "forward" else (factor, scale)
+    KERNELS[part][(blocks * heads * sequences,)](
+        *pointers, blocks, tokens, side, *factors, scale_of(p), threshold_of(p), site, H=heads, D=size, WIDTH=width,
+        PART=half, M=b.m, N=b.n, WINDOW=side >= 0, DROP=seed is not None, ROTARY=cos is not None,
+        ACC=accumulate(qkv.dtype), num_warps=b.warps, num_stages=b.stages,
+    )  # fmt: skip
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, cu_seqlens, ctx.longest, ctx.scale, ctx.side, cos, sin, seed, ctx.p, ctx.site = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, qkv, cu_seqlens, cos, sin, seed)
+
+
+def _gradients(ctx: Any, dout: Tensor, _: Any) -> tuple:
+    out, lse, qkv, cu, cos, sin, seed = ctx.saved_tensors
+    rest = (ctx.longest, ctx.scale, ctx.side, cos, sin, seed, ctx.p, ctx.site)
+    return _backward(dout.contiguous(), out, lse, qkv, cu, *rest), *(None,) * 9
+
+
+_forward.register_autograd(_gradients, setup_context=_setup)
