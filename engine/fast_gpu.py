@@ -31,7 +31,7 @@ def bind_fused(running: RunningModel) -> dict[str, int]:
         return {}
     batch = _small_batch(running)
     before = _logits(running, batch)
-    running.layout_of = VarlenLayout.of
+    running.layout_of = VarlenLayout.of  # type: ignore[method-assign]
     if not _same(_logits(running, batch), before):
         del running.layout_of
         return {}

@@ -52,8 +52,9 @@ class VarlenLayout:
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         """Attention of one query a sequence: q [B, H, D], k, v [T, H, D] -> [B, H, D]."""
         seed, site = self.site(dropout_p)
-        options = {"scale": scale, "p": dropout_p, "seed": seed, "site": site}
-        return first_rows_attention(q, k, v, self.cu_seqlens, self.longest, **options)
+        return first_rows_attention(
+            q, k, v, self.cu_seqlens, self.longest, scale=scale, p=dropout_p, seed=seed, site=site
+        )
 
     def means(self, hidden: Tensor) -> Tensor:
         """Mean of each sequence's rows: [T, H] -> [B, H]."""
@@ -63,5 +64,6 @@ class VarlenLayout:
 
     def _attend(self, qkv: Tensor, scale: float, p: float, window: int | None) -> Tensor:
         seed, site = self.site(p)
-        options = {"scale": scale, "p": p, "seed": seed, "site": site, "window": window}
-        return varlen_attention(qkv.contiguous(), self.cu_seqlens, self.longest, **options)
+        return varlen_attention(
+            qkv.contiguous(), self.cu_seqlens, self.longest, scale=scale, p=p, seed=seed, site=site, window=window
+        )

@@ -18,15 +18,13 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-triton: Any
-tl: Any
 try:
     import triton
     import triton.language as tl
 
     HAS_TRITON = True
 except ImportError:  # macOS, Windows, torch without CUDA
-    triton = tl = None
+    triton = tl = None  # type: ignore[assignment]
     HAS_TRITON = False
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -52,8 +52,8 @@ def resolve_seed(seed: Tensor | None, p: float, device: torch.device) -> Tensor 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int, c3: Tensor | int) -> tuple[Tensor, ...]:
     """Four words of 32 random bits a counter, in int64. Shape: counters broadcast together; seed [1] int64."""
-    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, *(torch.as_tensor(c, device=c0.device) for c in (c2, c3)))
-    c0, c1, c2, c3 = (c.long() & _MASK for c in (c0, c1, c2, c3))
+    counters = torch.broadcast_tensors(c0, c1, *(torch.as_tensor(c, device=c0.device) for c in (c2, c3)))
+    c0, c1, c2, c3 = (c.long() & _MASK for c in counters)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(ROUNDS):
         a, b = _A * c0, _B * c2  # wraps at 64 bits, which leaves both halves right

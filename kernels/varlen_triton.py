@@ -12,6 +12,7 @@ before they are stored. Softmax in base 2: factor = scale * log2(e).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from regraft.kernels.lang import IS_INTERPRETED, dot, jit, load_as, next_power_of_2, round_to, store, tl
 from regraft.kernels.philox import keep_tile, keep_tile_transposed
@@ -359,7 +360,15 @@ def shipped() -> list[Shipped]:
     found = []
     for name, size, longest, drop, rotary in cases:
         width, part = widths(size, rotary)
-        flags = {"H": 12, "D": size, "WIDTH": width, "PART": part, "WINDOW": rotary, "DROP": drop, "ROTARY": rotary}
+        flags: dict[str, Any] = {
+            "H": 12,
+            "D": size,
+            "WIDTH": width,
+            "PART": part,
+            "WINDOW": rotary,
+            "DROP": drop,
+            "ROTARY": rotary,
+        }
         flags |= {"ACC": tl.float32, **({} if rotary else {"cos_ptr": None, "sin_ptr": None})}
         flags |= {} if drop else {"seed_ptr": None}
         for word, kernel in KERNELS.items():
