@@ -24,7 +24,7 @@ try:
 
     HAS_TRITON = True
 except ImportError:  # macOS, Windows, torch without CUDA
-    triton = tl = None  # type: ignore[assignment]
+    triton = tl = None
     HAS_TRITON = False
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -53,13 +53,13 @@ def resolve_seed(seed: Tensor | None, p: float, device: torch.device) -> Tensor 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor | int, c3: Tensor | int) -> tuple[Tensor, ...]:
     """Four words of 32 random bits a counter, in int64. Shape: counters broadcast together; seed [1] int64."""
     counters = torch.broadcast_tensors(c0, c1, *(torch.as_tensor(c, device=c0.device) for c in (c2, c3)))
-    c0, c1, c2, c3 = (c.long() & _MASK for c in counters)
+    a0, a1, a2, a3 = (c.long() & _MASK for c in counters)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(ROUNDS):
-        a, b = _A * c0, _B * c2  # wraps at 64 bits, which leaves both halves right
-        c0, c1, c2, c3 = ((b >> 32) & _MASK) ^ c1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ c3 ^ k1, a & _MASK
+        a, b = _A * a0, _B * a2  # wraps at 64 bits, which leaves both halves right
+        a0, a1, a2, a3 = ((b >> 32) & _MASK) ^ a1 ^ k0, b & _MASK, ((a >> 32) & _MASK) ^ a3 ^ k1, a & _MASK
         k0, k1 = (k0 + _KEY_A) & _MASK, (k1 + _KEY_B) & _MASK
-    return c0, c1, c2, c3
+    return a0, a1, a2, a3
 
 
 def keep_mask(seed: Tensor, rows: Tensor, columns: int, p: float, *, site: int, lane: Tensor | int = 0) -> Tensor:
