@@ -16,6 +16,7 @@ from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.classification import Classification
 from regraft.engine.tasks.multilabel import MultiLabel
 from regraft.engine.tasks.regression import Regression
+from regraft.engine.tasks.several import Several
 
 if TYPE_CHECKING:
     from regraft.engine.config import TaskConfig
@@ -31,7 +32,12 @@ __all__ = [
     "task_from_spec",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "multilabel": MultiLabel, "regression": Regression}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "several": Several,
+}
 
 
 def build_task(config: TaskConfig, train: Rows, label_column: str | int = "label") -> Task:
