@@ -44,6 +44,20 @@ class ModelConfig(Section):
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
+TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering")
+# Keys of `task` that only some types read.
+USED_BY = {
+    "tags": ("tagging",),
+    "crf": ("tagging",),
+    "alignment": ("tagging",),
+    "stride": ("tagging", "answering"),
+    "max_answer": ("answering",),
+    "n_best": ("answering",),
+    "normalise": ("answering",),
+    "options": ("MODULE:CLASS",),
+}
+
+
 class TaskConfig(Section):
     """What is learned."""
 
@@ -54,11 +68,27 @@ class TaskConfig(Section):
     thresholds: Literal["tuned"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="multilabel: one for all, or tuned for each label on the dev rows"
     )
+    tags: Literal["auto", "iob1", "iob2", "bioes", "none"] = Field(
+        "auto", description="tagging: how spans are spelled for the model; none: one tag a word, no spans"
+    )
+    crf: bool = Field(False, description="tagging: a linear-chain CRF on top, with the scheme's constraints")
+    alignment: Literal["first", "mean"] = Field("first", description="tagging: which of a word's tokens speak for it")
+    stride: int | None = Field(None, ge=0, description="tokens that the windows of a long text share")
+    max_answer: int = Field(30, ge=1, description="answering: most tokens of an answer")
+    n_best: int = Field(5, ge=1, description="answering: how many candidates an answer lists")
+    normalise: Literal["auto", "english", "chinese"] = Field(
+        "auto", description="answering: how answers are compared: as SQuAD does, or as CMRC 2018"
+    )
+    options: dict[str, Any] = Field({}, description="what a task of your own takes")
     metric: str | None = Field(None, description="what picks the best checkpoint; null: the task's own")
 
     @model_validator(mode="after")
     def _fits_together(self) -> TaskConfig:
         _known_task(self.type)
+        for key, types in USED_BY.items():
+            given = getattr(self, key) != type(self).model_fields[key].default
+            if given and self.type not in types and ":" not in self.type:
+                raise ValueError(f"{key}: used by type: {' and '.join(types)} only; remove it")
         if self.type == "regression":
             for key, off in (("labels", None), ("class_weights", "none"), ("label_smoothing", 0.0)):
                 if getattr(self, key) != off:
@@ -81,10 +111,9 @@ class TaskConfig(Section):
 
 
 def _known_task(name: str) -> None:
-    from regraft.engine.tasks import TASKS
-
-    if name not in TASKS and ":" not in name:
-        raise ValueError(f"type: {name!r} is not known{nearest(name, TASKS)}; expected {', '.join(TASKS)}")
+    if name not in TASK_TYPES and ":" not in name:
+        known = ", ".join(TASK_TYPES)
+        raise ValueError(f"type: {name!r} is not known{nearest(name, TASK_TYPES)}; expected {known} or MODULE:CLASS")
 
 
 class ColumnsConfig(Section):
@@ -102,7 +131,10 @@ class DataConfig(Section):
     dev: str | None = Field(None, description="null: dev_fraction of the training rows, stratified and seeded")
     test: str | None = None
     dev_fraction: float = Field(0.1, gt=0, lt=1)
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "conllu"] = "auto"
+    tag_scheme: Literal["auto", "iob1", "iob2", "bioes", "none", "any"] = Field(
+        "auto", description="tagging: how tags of words are spelled; any: read what can be read, refuse nothing"
+    )
     columns: ColumnsConfig = ColumnsConfig()
     header: bool = Field(True, description="first line of a csv or tsv names its columns")
     quoting: Literal["auto", "standard", "none"] = Field(

@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.tasks.answering import Answering
 from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.classification import Classification
 from regraft.engine.tasks.multilabel import MultiLabel
 from regraft.engine.tasks.regression import Regression
 from regraft.engine.tasks.several import Several
+from regraft.engine.tasks.tagging import Tagging
 
 if TYPE_CHECKING:
     from regraft.engine.config import TaskConfig
 
 __all__ = [
+    "Answering",
     "Classification",
     "MultiLabel",
     "Prediction",
     "Regression",
+    "Tagging",
     "Task",
     "build_task",
     "task_class",
@@ -37,6 +41,8 @@ TASKS: dict[str, type[Task]] = {
     "multilabel": MultiLabel,
     "regression": Regression,
     "several": Several,
+    "tagging": Tagging,
+    "answering": Answering,
 }
 
 
