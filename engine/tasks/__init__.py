@@ -17,6 +17,7 @@ from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.classification import Classification
 from regraft.engine.tasks.multilabel import MultiLabel
 from regraft.engine.tasks.regression import Regression
+from regraft.engine.tasks.several import Several
 from regraft.engine.tasks.tagging import Tagging
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "regression": Regression,
+    "several": Several,
     "tagging": Tagging,
     "answering": Answering,
 }

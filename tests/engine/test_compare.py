@@ -38,7 +38,7 @@ def test_advice_names_the_cheapest_of_those_that_cannot_be_told_apart():
         result("poor", [0.5, 0.5], 0.1),
     ]
     said = advice(close, "accuracy", True)
-    assert said.startswith("Use cheap: accuracy 90.2")
+    assert said.startswith("Use cheap: accuracy 90.3")
     assert "noise" in said
     assert "100 times the training time" in said
     clear = [result("cheap", [0.80, 0.805], 1.0), result("dear", [0.912, 0.908], 100.0)]

@@ -182,7 +182,54 @@ def test_heads_that_do_not_fit_the_task_are_refused(make_config):
             load_config(path)
 
 
+def test_heads_are_updated_as_torchs_adamw_would():
+    from regraft.engine.heads.adamw import FusedAdamW
+
+    weights = [
+        [torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3)), torch.nn.Parameter(torch.ones(3))] for _ in "ab"
+    ]
+    settings = [{"lr": 1e-2, "weight_decay": 0.1}, {"lr": 3e-2, "weight_decay": 0.0}]
+    groups = [[{"params": [w], **s} for w, s in zip(some, settings, strict=True)] for some in weights]
+    ours = FusedAdamW(groups[0], betas=(0.9, 0.99), eps=1e-8)
+    theirs = torch.optim.AdamW(groups[1], betas=(0.9, 0.99), eps=1e-8, fused=True)
+    for step in range(5):
+        for optimizer, some in ((ours, weights[0]), (theirs, weights[1])):
+            for w in some:
+                w.grad = torch.sin(w.detach() * (step + 1))
+            optimizer.grad_scale = torch.tensor(3.0) if step == 2 else None
+            optimizer.step()
+        if step == 3:  # and goes on from what it saved
+            state = ours.state_dict()
+            ours = FusedAdamW(groups[0], betas=(0.9, 0.99), eps=1e-8)
+            ours.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_several_layers_side_by_side_widen_the_last_layer():
     config = HeadConfig(mix="concat")
     assert build_head(config, layers=4, hidden=8, outputs=3).logits.weight.shape == (3, 32)
     assert build_head(HeadConfig(), layers=4, hidden=8, outputs=3).logits.weight.shape == (3, 8)
+
+
+def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen, tmp_path):
+    import onnx
+
+    from regraft.engine.errors import ExportError
+    from regraft.serve.session import Session
+
+    one = frozen("head.type=cnn", "head.hidden=8", "training.max_steps=5", folder="topic").folder
+    two = frozen("head.type=logistic", "features.layers=[0,2]", folder="mood").folder
+    report = export_bundle([one, two], tmp_path / "both")
+    assert "heads: topic, mood; the encoder runs once" in report
+    session = Session(tmp_path / "both", threads=1, warm_tokens=64)
+    texts = ["good film", "bad slow dull plot and a very long story " * 4]
+    for text, answer in zip(texts, session.decode(session.run(session.tokenize(texts))), strict=True):
+        shown = session.task.answer(answer, 2)["heads"]
+        for folder in (one, two):
+            (alone,) = predict(load_trained(folder), [(text, None)])
+            assert shown[folder.name]["scores"] == pytest.approx(dict(alone.prediction.scores), abs=1e-4)
+    products = [n.op_type for n in onnx.load(tmp_path / "both" / "model.onnx").graph.node].count("Softmax")
+    assert products == 2  # one attention a layer of the two
+    other = frozen("model.max_length=20", "training.max_steps=2", folder="other").folder
+    with pytest.raises(ExportError, match="not the same max_length"):
+        export_bundle([one, other], tmp_path / "none")
