@@ -103,9 +103,11 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
             ):
                 if hasattr(settings, key):
                     setattr(settings, key, config.dropout)
-        return getattr(transformers, task.auto_model).from_pretrained(
-            name, config=settings, revision=config.revision, dtype="float32"
+        model, found = getattr(transformers, task.auto_model).from_pretrained(
+            name, config=settings, revision=config.revision, dtype="float32", output_loading_info=True
         )
+        model.regraft_fresh = frozenset(found["missing_keys"])  # drawn at random: no method may leave them untrained
+        return model
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(explain(name, error)) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ def depth_of(name: str, layers: int, head: bool) -> int:
     return 0 if "embed" in name else layers + 1
 
 
-def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
+def parameter_groups(model: nn.Module, config: TrainingConfig, plus_ratio: float = 1.0) -> list[dict]:
     """Groups for AdamW: no decay on biases and norms (one-dimensional weights), each layer its own learning rate.
 
-    `base_lr` in each group is what the schedule multiplies.
+    `base_lr` in each group is what the schedule multiplies; `plus_ratio` multiplies that of LoRA's B (LoRA+).
     """
     head = head_names(model)
     layers = getattr(model.config, "num_hidden_layers", 0)
@@ -44,15 +45,24 @@ def parameter_groups(model: nn.Module, config: TrainingConfig) -> list[dict]:
         is_head = name in head
         rate = config.head_learning_rate if is_head and config.head_learning_rate else config.learning_rate
         rate *= config.layer_decay ** (layers + 1 - depth_of(name, layers, is_head))
+        rate *= plus_ratio if ".lora_B." in name else 1.0
         decay = config.weight_decay if weight.dim() > 1 else 0.0
         group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "base_lr": rate, "weight_decay": decay})
         group["params"].append(weight)
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=config.betas, eps=config.epsilon, fused=True)
+def build_optimizer(model: nn.Module, config: TrainingConfig, plus_ratio: float = 1.0) -> Any:
+    """AdamW (Loshchilov and Hutter 2019), fused where torch has it for the device; or with 8-bit moments."""
+    groups = parameter_groups(model, config, plus_ratio)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=config.betas, eps=config.epsilon, fused=True)
+    from regraft.engine.methods.quantise import import_bitsandbytes
+
+    bnb = import_bitsandbytes(f"training.optimizer: {config.optimizer}")
+    paged = config.optimizer.startswith("paged") and torch.cuda.is_available()
+    made = bnb.optim.PagedAdamW8bit if paged else bnb.optim.AdamW8bit
+    return made(groups, betas=config.betas, eps=config.epsilon)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -70,10 +80,16 @@ def gradient_norm(parameters: Iterable[Tensor], rows: RowGradient | None = None)
     return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
 
 
-def clipped_step(optimizer: torch.optim.AdamW, norm: Tensor, max_norm: float | None) -> None:
+def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
     """One update with the gradients scaled to at most `max_norm` in all, without a pass of its own for the scaling:
     the fused kernel divides by `grad_scale` while it reads them."""
     over = 1.0 if max_norm is None else float(norm) / max_norm
+    if not isinstance(optimizer, torch.optim.AdamW):
+        if over > 1.0:
+            gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            torch._foreach_mul_(gradients, 1.0 / over)
+        optimizer.step()
+        return
     if over > 1.0:
         optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[attr-defined]
     try:
