@@ -83,6 +83,13 @@ class Head(nn.Module):
         return self.combine if isinstance(self.combine, ScalarMix) else None
 
     @torch.no_grad()
+    def start_at(self, scale: tuple[float, float] | None) -> None:
+        """Begin at the mean of numeric targets, with their spread; None leaves the layer as it was drawn."""
+        if scale is not None:
+            self.logits.bias.fill_(scale[0])
+            self.logits.weight.mul_(scale[1])
+
+    @torch.no_grad()
     def set_linear(self, weight: Tensor, bias: Tensor) -> None:
         """Put a solution into the last layer. Shape: [C, H], [C]."""
         self.logits.weight.copy_(weight)

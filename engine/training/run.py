@@ -84,6 +84,10 @@ def recipe_of(config: RunConfig) -> type[_Run]:
 class _Run:
     """One run's parts. `go` is the recipe."""
 
+    # What `build` sets where a method uses it.
+    vocabulary: Any = None
+    unfreezing: Any = None
+
     def __init__(
         self,
         config: RunConfig,

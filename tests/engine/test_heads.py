@@ -233,3 +233,13 @@ def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen
     other = frozen("model.max_length=20", "training.max_steps=2", folder="other").folder
     with pytest.raises(ExportError, match="not the same max_length"):
         export_bundle([one, other], tmp_path / "none")
+
+
+def test_a_regression_starts_at_the_mean_of_its_targets_and_learns(make_config, tmp_path):
+    rows = [(t, 50 + 4 * sum(w in {"good", "fine"} for w in t.split())) for t, _ in sentences(200, 3)]
+    (tmp_path / "n.csv").write_text("text,label\n" + "".join(f"{t},{v}\n" for t, v in rows))
+    sections = {"task": {"type": "regression"}, "data": {"train": str(tmp_path / "n.csv"), "dev": None}}
+    path = make_config(method="frozen", features={"layers": "embeddings"}, **sections)
+    result = train(load_config(path, ["training.epochs=20", "training.learning_rate=1e-2"]), quiet=True)
+    assert result.metrics["dev"]["pearson"] > 0.5
+    assert result.metrics["dev"]["mae"] < 5
