@@ -15,6 +15,7 @@ from regraft.engine.errors import ConfigError, nearest
 from regraft.engine.tasks.answering import Answering
 from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.classification import Classification
+from regraft.engine.tasks.mlm import MaskedLanguage
 from regraft.engine.tasks.multilabel import MultiLabel
 from regraft.engine.tasks.regression import Regression
 from regraft.engine.tasks.tagging import Tagging
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Answering",
     "Classification",
+    "MaskedLanguage",
     "MultiLabel",
     "Prediction",
     "Regression",
@@ -41,6 +43,7 @@ TASKS: dict[str, type[Task]] = {
     "regression": Regression,
     "tagging": Tagging,
     "answering": Answering,
+    "mlm": MaskedLanguage,
 }
 
 
