@@ -44,13 +44,13 @@ class ModelConfig(Section):
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
-TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm")
+TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm", "choice", "ordinal")
 # Keys of `task` that only some types read.
 USED_BY = {
     "tags": ("tagging",),
     "crf": ("tagging",),
     "alignment": ("tagging",),
-    "stride": ("tagging", "answering", "mlm"),
+    "stride": ("tagging", "answering", "mlm", "choice", "ordinal"),
     "max_answer": ("answering",),
     "n_best": ("answering",),
     "normalise": ("answering",),
