@@ -25,6 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
+    _add_methods(commands)
+    _add_features(commands)
+    _add_compare(commands)
     for command in entry_points(group="regraft.commands"):
         command.load()(commands)
     return parser
@@ -53,6 +56,26 @@ def _add_init(commands: argparse._SubParsersAction) -> None:
     add_parser(commands)
 
 
+def _add_methods(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.methods.merge_command import add_parser as add_merge
+    from regraft.engine.methods.plan_command import add_parser as add_plan
+
+    add_merge(commands)
+    add_plan(commands, _add_config_arguments)
+
+
+def _add_features(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.features.command import add_parser
+
+    add_parser(commands)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.compare.command import add_parser
+
+    add_parser(commands)
+
+
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the run's YAML file")
     parser.add_argument(
@@ -70,6 +93,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     _add_config_arguments(parser)
     parser.add_argument("--restart", action="store_true", help="throw away what the run folder holds and train anew")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share each step among N processes here")
     parser.set_defaults(handler=_train)
 
 
@@ -77,6 +101,12 @@ def _train(args: argparse.Namespace) -> int:
     from regraft.engine.config import load_config
 
     config = load_config(args.config, args.overrides)
+    if args.processes != 1:
+        from regraft.engine.training.launch import check_processes, launch
+
+        check_processes(config, args.processes)
+        flags = [f"--{name}" for name in ("restart", "quiet") if getattr(args, name)]
+        return launch([args.config, *(x for o in args.overrides for x in ("--set", o)), *flags], args.processes)
     from regraft.engine.training.run import train
 
     result = train(config, restart=args.restart, quiet=args.quiet)
@@ -127,7 +157,9 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export", help="turn a trained model into a bundle that can be served")
-    parser.add_argument("model", help="run folder or model folder")
+    parser.add_argument(
+        "model", nargs="+", help="run folder or model folder; several frozen models over one encoder make one bundle"
+    )
     parser.add_argument("--to", required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument(
         "--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers"

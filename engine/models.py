@@ -96,7 +96,7 @@ class RunningModel(nn.Module):
         self.reason = ""
         self.output_scale: OutputScale | None = None
         self._state = PackedState()
-        self._parameters_taken = set(inspect.signature(model.forward).parameters)
+        self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
         self._handles: list[Any] = []
         self._first_rows_only = False
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
@@ -113,9 +113,13 @@ class RunningModel(nn.Module):
         types = batch.token_type_ids
         if self.uses_token_types and types is None:
             types = torch.zeros_like(batch.input_ids)
-        layout = plan_layout(batch.lengths, batch.cu_seqlens)
+        layout = self.layout_of(batch)
         positions = batch.position_ids + self.position_offset
         return self.run_layout(layout, batch.input_ids, positions, types, batch.marks)
+
+    def layout_of(self, batch: PackedBatch) -> Any:
+        """How the batch's sequences are attended; `bind_fused` puts another in its place."""
+        return plan_layout(batch.lengths, batch.cu_seqlens)
 
     def run_layout(
         self,
@@ -164,6 +168,7 @@ class RunningModel(nn.Module):
         for module in self.model.modules():
             if "forward" in vars(module):
                 del module.forward  # what `use_kernels` bound
+        vars(self).pop("layout_of", None)
         if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._padded_attention)
         self.packed, self.reason = False, reason
@@ -206,12 +211,18 @@ class RunningModel(nn.Module):
             if self._first_rows_only:
                 bind_last_layer(self)
             bind_merged_projections(self)
+            if next(self.model.parameters()).device.type == "cuda":
+                from regraft.engine.fast_gpu import bind_fused
+
+                bind_fused(self)
 
     def _install(self) -> None:
         for module in self.model.modules():
             module.regraft_state = self._state
         if self.reads != "first":
             self._install_marks()
+            return
+        if getattr(self.model, "keeps_all_rows", False):
             return
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))

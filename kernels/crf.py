@@ -9,7 +9,7 @@ FLOPs: about 4 C^2 a row each way. Bytes moved: emissions once, alpha (fp32) wri
 
 -inf and -1e4 in A, start, end or e forbid, exactly: what is forbidden has probability and gradient 0. A sequence
 without any path has log Z = -inf and gradient 0. An empty sequence has log Z = score = 0. The results are fp32 (fp64 for
-fp64 emissions), since the log-likelihood of a long sequence is in the hundreds.
+fp64 emissions), since the log-likelihood of a long sequence is in the hundreds. More than 64 tags run as plain torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from regraft.kernels import crf_reference as reference
+from regraft.kernels import crf_triton
 from regraft.kernels.checks import FLOATS, INTEGERS, expect
+from regraft.kernels.choice import use_triton
 
 _OUT = tuple[Tensor, Tensor, Tensor]
 
@@ -83,6 +85,10 @@ def _check(
             raise IndexError(f"tags: holds {low if low < 0 else high}, expected 0 to {states - 1}")
 
 
+def _fits(emissions: Tensor) -> bool:
+    return emissions.shape[1] <= crf_triton.LARGEST and use_triton(emissions)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -91,6 +97,8 @@ def _wide(x: Tensor) -> torch.dtype:
 def _scores(
     emissions: Tensor, tags: Tensor | None, cu_seqlens: Tensor, transitions: Tensor, start: Tensor, end: Tensor
 ) -> _OUT:
+    if _fits(emissions):
+        return crf_triton.scores(emissions, tags, cu_seqlens, transitions, start, end)
     out = reference.scores(emissions, tags, cu_seqlens, transitions, start, end)
     return tuple(x.to(_wide(emissions)) for x in out)  # type: ignore[return-value]
 
@@ -116,7 +124,8 @@ def _gradients(
     end: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (emissions, tags, cu_seqlens, transitions, start, end)
-    d_e, d_a, d_start, d_end = reference.gradients(grad_log_z, grad_gold, alpha, *inputs)
+    form = crf_triton if _fits(emissions) else reference
+    d_e, d_a, d_start, d_end = form.gradients(grad_log_z, grad_gold, alpha, *inputs)
     return d_e.to(emissions.dtype), d_a.to(transitions.dtype), d_start.to(start.dtype), d_end.to(end.dtype)
 
 
@@ -156,6 +165,8 @@ _scores.register_autograd(_backward, setup_context=_save)
 def _viterbi(
     emissions: Tensor, cu_seqlens: Tensor, transitions: Tensor, start: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if _fits(emissions):
+        return crf_triton.viterbi(emissions, cu_seqlens, transitions, start, end)
     from regraft.kernels.viterbi import viterbi as decode
 
     arrays = [x.detach().to(_wide(emissions)).cpu().numpy() for x in (emissions, transitions, start, end)]

@@ -93,7 +93,7 @@ def _items(path: str, data: DataConfig, split: str) -> Iterator[_Item]:
 
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
-            values = parse_json_line(line, str(path), number)
+            values = parse_json_line(line, path, number)
             yield _of_object(values, names, at(path, number), number)
 
 

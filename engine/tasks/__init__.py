@@ -20,6 +20,7 @@ from regraft.engine.tasks.mlm import MaskedLanguage
 from regraft.engine.tasks.multilabel import MultiLabel
 from regraft.engine.tasks.ordinal import Ordinal
 from regraft.engine.tasks.regression import Regression
+from regraft.engine.tasks.several import Several
 from regraft.engine.tasks.tagging import Tagging
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "regression": Regression,
+    "several": Several,
     "tagging": Tagging,
     "answering": Answering,
     "mlm": MaskedLanguage,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from regraft.engine.config import RunConfig, config_hash
+from regraft.engine.config import WORD_METHODS, RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
@@ -50,7 +50,7 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
-    run = _Run(config, folder, on_step, quiet)
+    run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         return run.go()
     except Exception as error:
@@ -62,6 +62,23 @@ def train(
         ) from error
     finally:
         thaw()
+
+
+def recipe_of(config: RunConfig) -> type[_Run]:
+    """The recipe of a method: the one below, or what a method changes of it."""
+    if config.method == "frozen":
+        from regraft.engine.heads.run import FrozenRun
+
+        return FrozenRun
+    if config.method == "contrastive":
+        from regraft.engine.heads.contrastive import ContrastiveRun
+
+        return ContrastiveRun
+    if config.method in WORD_METHODS:
+        from regraft.engine.words.run import WordsRun
+
+        return WordsRun
+    return _Run
 
 
 class _Run:
@@ -136,6 +153,8 @@ class _Run:
         task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id, reads=task.reads)
         if task.scale is not None:
             self.running.output_scale = scale_output(model, *task.scale)
@@ -157,6 +176,7 @@ class _Run:
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
         self.optimizer = optimizer
         prepared = self.accelerator.prepare_model(self.running)
+        self.unfreezing = self.gradual_unfreezing(model)
         self.stepper = Stepper(
             accelerator=self.accelerator,
             model=prepared,
@@ -168,12 +188,25 @@ class _Run:
             token_budget=choose_token_budget(config, model, self.precision),
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
+            graphed=self.graph_steps(),
         )
         how = "packed" if self.running.packed else "padded"
         self.say(
             f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
             f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
         )
+
+    def gradual_unfreezing(self, model: Any) -> Any:
+        from regraft.engine.methods.unfreeze import GradualUnfreezing
+
+        wanted = self.config.unfreeze
+        if not wanted.gradual:
+            return None
+        if self.accelerator.num_processes > 1:
+            raise TrainingError(
+                "unfreeze.gradual: what is trained changes on the way, which several processes cannot do"
+            )
+        return GradualUnfreezing(model, self.plan.steps_per_epoch if wanted.every == "epoch" else wanted.every)
 
     def use_rows_in_use(self, model: Any) -> Any:
         """Cut the word embedding down to the rows that the run's texts name; None where that gains nothing."""
@@ -182,7 +215,7 @@ class _Run:
         from regraft.engine.vocabulary import WORTH_IT, UsedRows, rows_in_use
 
         table = model.get_input_embeddings()
-        own_table = type(table) is nn.Embedding and table.weight.requires_grad
+        own_table = type(table) is nn.Embedding and table.weight.requires_grad and not self.config.unfreeze.gradual
         whole = self.running.reads == "marked"  # a head over the vocabulary needs every row
         if self.config.model.kernels == "off" or not self.running.packed or not own_table or whole:
             return None
@@ -199,14 +232,18 @@ class _Run:
         from regraft.engine.fast import bind_embedding
 
         alone_on_cpu = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
-        return bind_embedding(model) if alone_on_cpu and self.config.model.kernels == "auto" else None
+        usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
+        return bind_embedding(model) if usable else None
+
+    def graph_steps(self) -> Any:
+        from regraft.engine.training.graphed import graph_steps
+
+        options = {"precision": self.precision, "kernels": self.config.model.kernels}
+        autocast, say = self.accelerator.autocast, self.say
+        return graph_steps(self.running, self.data.task, self.parameters, autocast=autocast, say=say, **options)
 
     def set_training_mode(self) -> None:
         self.running.train()
-        if self.config.method == "frozen":
-            for name, module in self.running.model.base_model.named_modules():
-                if "pooler" not in name:
-                    module.training = False
 
     def resume(self) -> None:
         from regraft.engine.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
@@ -262,6 +299,8 @@ class _Run:
             self.order, self.order_of = self.plan.order(epoch), epoch
         rows = self.plan.batch(step, self.order)
         set_learning_rate(self.optimizer, learning_rate_share(training, step, self.plan.total_steps))
+        if self.unfreezing:
+            self.unfreezing.at(step)
         result = self.stepper(step, rows)
         if result.applied:
             state.bad_in_a_row = 0
@@ -371,6 +410,16 @@ class _Run:
         if self.accelerator.is_main_process:
             with self.vocabulary.whole() if self.vocabulary else nullcontext():
                 save_trained(self.folder / "best", self.running, self.config, self.data, self.adaptation)
+
+    def load_best(self) -> None:
+        """Put the best model so far into memory, and see that `best/` holds it."""
+        from regraft.engine.training.finish import load_best
+
+        load_best(self)
+
+    def findings(self) -> dict[str, Any]:
+        """What a method learned besides its weights, for the report."""
+        return {}
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every

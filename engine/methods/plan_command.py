@@ -1,0 +1,2 @@
+def add_parser(commands, add_config):
+    return None
