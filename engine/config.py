@@ -18,7 +18,6 @@ from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
     LoraSettings,
-    PromptSettings,
     QuantiseSettings,
     UnfreezeSettings,
 )
@@ -174,13 +173,12 @@ class RunConfig(Section):
     """Everything one run needs."""
 
     run: str = Field("runs/{name}", description="run folder; {name} is the name of this file")
-    method: Literal["full", "frozen", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix"] = Field(
+    method: Literal["full", "frozen", "bitfit", "lora", "qlora", "int8", "ia3", "adapter"] = Field(
         "full", description="full: fine-tune; frozen: train the head alone; the others: docs/methods.md"
     )
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
     adapter: AdapterSettings = AdapterSettings()
-    prompt: PromptSettings = PromptSettings()
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
