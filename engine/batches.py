@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def collate(store: TokenStore, rows: np.ndarray) -> PackedBatch:
-    """The rows, in that order, as one packed batch on the host."""
+    """The rows, in that order, as one packed batch on the host; as what it makes of them, for a store of its own kind."""
+    if hasattr(store, "batch"):
+        return store.batch(rows)
     spans = [slice(int(store.offsets[r]), int(store.offsets[r + 1])) for r in rows]
     types = None if store.types is None else [store.types[s] for s in spans]
     return pack([store.ids[s] for s in spans], token_types=types)

@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_export(commands)
     _add_methods(commands)
+    _add_features(commands)
+    _add_compare(commands)
     for command in entry_points(group="regraft.commands"):
         command.load()(commands)
     return parser
@@ -60,6 +62,18 @@ def _add_methods(commands: argparse._SubParsersAction) -> None:
 
     add_merge(commands)
     add_plan(commands, _add_config_arguments)
+
+
+def _add_features(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.features.command import add_parser
+
+    add_parser(commands)
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.compare.command import add_parser
+
+    add_parser(commands)
 
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +157,9 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export", help="turn a trained model into a bundle that can be served")
-    parser.add_argument("model", help="run folder or model folder")
+    parser.add_argument(
+        "model", nargs="+", help="run folder or model folder; several frozen models over one encoder make one bundle"
+    )
     parser.add_argument("--to", required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument(
         "--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers"

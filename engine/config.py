@@ -43,6 +43,23 @@ class ModelConfig(Section):
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
+TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm", "choice", "ordinal")
+# Keys of `task` that only some types read.
+USED_BY = {
+    "tags": ("tagging",),
+    "crf": ("tagging",),
+    "alignment": ("tagging",),
+    "stride": ("tagging", "answering", "mlm", "choice", "ordinal"),
+    "max_answer": ("answering",),
+    "n_best": ("answering",),
+    "normalise": ("answering",),
+    "mask_share": ("mlm",),
+    "masking": ("mlm",),
+    "sentences": ("mlm",),
+    "options": ("MODULE:CLASS",),
+}
+
+
 class TaskConfig(Section):
     """What is learned."""
 
@@ -53,11 +70,32 @@ class TaskConfig(Section):
     thresholds: Literal["tuned"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="multilabel: one for all, or tuned for each label on the dev rows"
     )
+    tags: Literal["auto", "iob1", "iob2", "bioes", "none"] = Field(
+        "auto", description="tagging: how spans are spelled for the model; none: one tag a word, no spans"
+    )
+    crf: bool = Field(False, description="tagging: a linear-chain CRF on top, with the scheme's constraints")
+    alignment: Literal["first", "mean"] = Field("first", description="tagging: which of a word's tokens speak for it")
+    stride: int | None = Field(None, ge=0, description="tokens that the windows of a long text share")
+    max_answer: int = Field(30, ge=1, description="answering: most tokens of an answer")
+    n_best: int = Field(5, ge=1, description="answering: how many candidates an answer lists")
+    normalise: Literal["auto", "english", "chinese"] = Field(
+        "auto", description="answering: how answers are compared: as SQuAD does, or as CMRC 2018"
+    )
+    mask_share: float = Field(0.15, gt=0, lt=1, description="mlm: share of tokens that are hidden")
+    masking: Literal["token", "word", "span"] = Field("word", description="mlm: what is hidden together")
+    sentences: Literal["none", "nsp", "order"] = Field(
+        "none", description="mlm: nsp: does the second part follow; order: which part comes first"
+    )
+    options: dict[str, Any] = Field({}, description="what a task of your own takes")
     metric: str | None = Field(None, description="what picks the best checkpoint; null: the task's own")
 
     @model_validator(mode="after")
     def _fits_together(self) -> TaskConfig:
         _known_task(self.type)
+        for key, types in USED_BY.items():
+            given = getattr(self, key) != type(self).model_fields[key].default
+            if given and self.type not in types and ":" not in self.type:
+                raise ValueError(f"{key}: used by type: {' and '.join(types)} only; remove it")
         if self.type == "regression":
             for key, off in (("labels", None), ("class_weights", "none"), ("label_smoothing", 0.0)):
                 if getattr(self, key) != off:
@@ -80,10 +118,9 @@ class TaskConfig(Section):
 
 
 def _known_task(name: str) -> None:
-    from regraft.engine.tasks import TASKS
-
-    if name not in TASKS and ":" not in name:
-        raise ValueError(f"type: {name!r} is not known{nearest(name, TASKS)}; expected {', '.join(TASKS)}")
+    if name not in TASK_TYPES and ":" not in name:
+        known = ", ".join(TASK_TYPES)
+        raise ValueError(f"type: {name!r} is not known{nearest(name, TASK_TYPES)}; expected {known} or MODULE:CLASS")
 
 
 class ColumnsConfig(Section):
@@ -101,7 +138,10 @@ class DataConfig(Section):
     dev: str | None = Field(None, description="null: dev_fraction of the training rows, stratified and seeded")
     test: str | None = None
     dev_fraction: float = Field(0.1, gt=0, lt=1)
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "conllu", "text"] = "auto"
+    tag_scheme: Literal["auto", "iob1", "iob2", "bioes", "none", "any"] = Field(
+        "auto", description="tagging: how tags of words are spelled; any: read what can be read, refuse nothing"
+    )
     columns: ColumnsConfig = ColumnsConfig()
     header: bool = Field(True, description="first line of a csv or tsv names its columns")
     quoting: Literal["auto", "standard", "none"] = Field(
@@ -169,12 +209,87 @@ class TrainingConfig(Section):
         return self
 
 
+class FeaturesConfig(Section):
+    """Which hidden states of the frozen encoder are kept, and how (method: frozen, `regraft features`)."""
+
+    layers: Literal["last", "last4", "all", "embeddings"] | int | list[int] = Field(
+        "last", description="0 is the embedding layer; negative numbers count from the last"
+    )
+    pooling: Literal["auto", "mean", "first", "max", "none"] = Field(
+        "auto", description="none: every token is kept; auto: what the head reads"
+    )
+    normalise: bool = Field(False, description="pooled rows to length 1, as sentence encoders are compared")
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = Field("fp32", description="int8: with a scale for each row")
+    store: str | None = Field(None, description="folder of stores; null: features in the cache folder")
+    limit_gb: float | None = Field(None, gt=0, description="least recently used shards are deleted beyond this")
+
+
+TOKEN_HEADS = frozenset({"attention", "bilstm", "cnn"})
+LAYER_NAMES = ("last", "last4", "all", "embeddings")
+
+
+class HeadConfig(Section):
+    """What is trained on the features."""
+
+    type: Literal["linear", "mlp", "attention", "bilstm", "cnn", "logistic", "svm", "centroid", "zeroshot"] = "linear"
+    mix: Literal["scalar", "concat"] = Field("scalar", description="how several layers become one vector")
+    layer_norm: bool = Field(False, description="scalar mix: normalise each layer first")
+    mix_penalty: float = Field(0.0, ge=0, description="scalar mix: lambda of ELMo's lambda * |w|^2")
+    hidden: int = Field(256, ge=1, description="units of mlp, attention and each direction of bilstm; filters of cnn")
+    kernels: list[int] = Field([3, 4, 5], min_length=1, description="cnn: tokens each filter spans")
+    dropout: Fraction = 0.1
+    c: float = Field(1.0, gt=0, description="logistic, svm: inverse strength of regularisation")
+    descriptions: dict[str, str] = Field({}, description="zeroshot: what a label means, in words; default: its name")
+
+    @property
+    def reads_tokens(self) -> bool:
+        return self.type in TOKEN_HEADS
+
+
+class WordsConfig(Section):
+    """Static word vectors (method: vectors), or an embedding learned from nothing (method: scratch)."""
+
+    vectors: str | None = Field(None, description="GloVe or word2vec text, word2vec .bin, fastText .vec, .npz, .json")
+    vocabulary: str | None = Field(None, description=".npz: JSON of word to row; null: vocab.json beside it")
+    trained: bool = Field(False, description="vectors: go on training them")
+    unit: Literal["auto", "word", "character", "longest"] = Field(
+        "auto", description="longest: the longest words of the vocabulary, from the left, as for Chinese words"
+    )
+    dimension: int = Field(100, ge=1, description="scratch: width of the embedding")
+    min_count: int = Field(2, ge=1, description="scratch: words seen less often in training are unknown")
+    max_words: int = Field(50_000, ge=10, description="largest vocabulary")
+
+
+WORD_METHODS = ("vectors", "scratch")
+# What training is set to, where the run does not say, when there is no pretrained encoder to be careful with.
+HEAD_ONLY: dict[str, dict[str, Any]] = {
+    "frozen": {"learning_rate": 1e-3, "epochs": 20},
+    "contrastive": {"learning_rate": 5e-5, "epochs": 20},
+    "vectors": {"learning_rate": 1e-3, "epochs": 8},
+    "scratch": {"learning_rate": 1e-3, "epochs": 8},
+}
+
+
 class RunConfig(Section):
     """Everything one run needs."""
 
     run: str = Field("runs/{name}", description="run folder; {name} is the name of this file")
-    method: Literal["full", "frozen", "bitfit", "lora", "qlora", "int8", "ia3", "adapter"] = Field(
-        "full", description="full: fine-tune; frozen: train the head alone; the others: docs/methods.md"
+    method: Literal[
+        "full",
+        "frozen",
+        "contrastive",
+        "vectors",
+        "scratch",
+        "bitfit",
+        "lora",
+        "qlora",
+        "int8",
+        "ia3",
+        "adapter",
+    ] = Field(
+        "full",
+        description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
+        "word vectors; scratch: over nothing; the others: docs/methods.md",
     )
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
@@ -184,7 +299,73 @@ class RunConfig(Section):
     task: TaskConfig = TaskConfig()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    head: HeadConfig = HeadConfig()
+    words: WordsConfig = WordsConfig()
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml"]] = Field([])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        # A fresh head learns at another rate, and for longer, than a pretrained encoder.
+        if isinstance(values, dict) and values.get("method") in HEAD_ONLY:
+            training = values.get("training", {})
+            if isinstance(training, dict):
+                values = {**values, "training": HEAD_ONLY[values["method"]] | training}
+            if values["method"] == "contrastive":
+                values = {"head": {"type": "logistic"}} | values
+            if values["method"] in WORD_METHODS:
+                values = {"model": {"name": "none"}, "head": {"type": "bilstm", "dropout": 0.3}} | values
+        return values
+
+    @model_validator(mode="after")
+    def _words_fit_the_head(self) -> RunConfig:
+        if self.method == "vectors" and self.words.vectors is None:
+            raise ValueError(
+                "words.vectors: missing; method: vectors reads word vectors from a file (scratch needs none)"
+            )
+        if self.method in WORD_METHODS and self.head.type in ("logistic", "svm", "centroid", "zeroshot"):
+            raise ValueError(
+                f"head.type: {self.head.type} is solved on stored features; method: {self.method} takes "
+                "bilstm, cnn, attention, linear or mlp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_fit_the_task(self) -> RunConfig:
+        if self.method != "contrastive":
+            return self
+        if self.task.type != "classification":
+            raise ValueError(f"task.type: {self.task.type}; method: contrastive needs classes to pull rows together")
+        if self.head.type not in ("logistic", "svm", "centroid"):
+            raise ValueError(
+                f"head.type: {self.head.type}; method: contrastive ends in a head that is solved at once: "
+                "logistic, svm or centroid"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _features_fit_the_head(self) -> RunConfig:
+        if self.method != "frozen":
+            return self
+        pooling, head = self.features.pooling, self.head.type
+        if self.head.reads_tokens and pooling not in ("auto", "none"):
+            raise ValueError(
+                f"features.pooling: {pooling} keeps one row a text, and head.type {head} reads every token; "
+                "set features.pooling: none, or a head that reads pooled rows (linear, mlp, logistic, svm)"
+            )
+        if self.head.reads_tokens and self.features.normalise:
+            raise ValueError("features.normalise: for pooled rows only; remove it")
+        if not self.head.reads_tokens and pooling == "none":
+            raise ValueError(
+                f"features.pooling: none keeps every token, and head.type {head} reads one row a text; set "
+                "features.pooling: mean, or a head that reads tokens (attention, bilstm, cnn)"
+            )
+        if self.task.type != "classification" and head in ("centroid", "zeroshot"):
+            raise ValueError(f"head.type: {head} needs task.type: classification")
+        if self.task.type == "regression" and head in ("logistic", "svm"):
+            raise ValueError(f"head.type: {head} has classes; for a regression use linear or mlp")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:

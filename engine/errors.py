@@ -31,6 +31,10 @@ class ExportError(RegraftError):
     """An export that was refused; nothing was written."""
 
 
+class StoreError(RegraftError):
+    """A feature store that cannot be used; its finished shards are intact unless the message names one."""
+
+
 class BundleError(RegraftError):
     """A bundle that cannot be served."""
 

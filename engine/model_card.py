@@ -30,6 +30,7 @@ HUB_METRICS = {
     "loss": "loss",
 }
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+WITH_A_HEAD = frozenset({"frozen", "vectors", "scratch", "contrastive"})
 LISTED = 100  # labels from which the card stops listing them one a row
 SETTINGS = (
     ("method", "Method"),
@@ -71,7 +72,8 @@ def front_matter(data: ReportData) -> dict[str, Any]:
     """What the hub reads. The language is left out: nothing in a run says it."""
     name = str(data.setting("model.name", ""))
     figures = _best_figures(data)
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
+    library = "regraft" if str(data.setting("method", "full")) in WITH_A_HEAD else "transformers"
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-classification"}
     if HUB_NAME.fullmatch(name) and not Path(name).exists():
         front["base_model"] = name
     front["tags"] = ["regraft", "text-classification", data.task] + (["sentence-pairs"] if _pairs(data) else [])
@@ -114,6 +116,8 @@ def _figures(data: ReportData) -> list[str]:
 
 
 def _use(data: ReportData) -> list[str]:
+    if str(data.setting("method", "full")) in WITH_A_HEAD:
+        return _use_with_head(data)
     pair, length = _pairs(data), data.setting("model.max_length")
     cut = f", truncation=True, max_length={length}" if length else ", truncation=True"
     one = '{"text": "the first text", "text_pair": "the second text"}' if pair else '"the text"'
@@ -143,6 +147,22 @@ with torch.inference_mode():
         "or, for the numbers:",
         f"```python\n{long}\n```",
     ]
+
+
+def _use_with_head(data: ReportData) -> list[str]:
+    """Of a model whose head is none of transformers'."""
+    texts = '[("the first text", "the second text")]' if _pairs(data) else '[("the text", None)]'
+    code = f"""\
+from regraft.engine.predict import predict
+from regraft.engine.trained import load_trained
+
+model = load_trained("path/to/this/folder")
+for answer in predict(model, {texts}):
+    print(answer.prediction.label, answer.prediction.scores)"""
+    said = ["## Use", f"```python\n{code}\n```"]
+    if str(data.setting("method")) == "frozen":
+        said.append("The encoder, unchanged, loads with `transformers.AutoModel`; the head is in `head.safetensors`.")
+    return said
 
 
 def _decoding(data: ReportData) -> str:

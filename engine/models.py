@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class RunningModel(nn.Module):
         self.reason = ""
         self.output_scale: OutputScale | None = None
         self._state = PackedState()
-        self._parameters_taken = set(inspect.signature(model.forward).parameters)
+        self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
         self._handles: list[Any] = []
         self._first_rows_only = False
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
@@ -113,9 +113,13 @@ class RunningModel(nn.Module):
         types = batch.token_type_ids
         if self.uses_token_types and types is None:
             types = torch.zeros_like(batch.input_ids)
-        layout = plan_layout(batch.lengths, batch.cu_seqlens)
+        layout = self.layout_of(batch)
         positions = batch.position_ids + self.position_offset
         return self.run_layout(layout, batch.input_ids, positions, types, batch.marks)
+
+    def layout_of(self, batch: PackedBatch) -> Any:
+        """How the batch's sequences are attended; `bind_fused` puts another in its place."""
+        return plan_layout(batch.lengths, batch.cu_seqlens)
 
     def run_layout(
         self,
@@ -133,6 +137,8 @@ class RunningModel(nn.Module):
         if self.uses_token_types and token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids[None]
         logits = logits_of(self.model(**inputs))
+        if isinstance(logits, PairedLogits):
+            return PairedLogits(logits.tokens[0], logits.pairs)
         return logits if self.reads == "first" else logits[0]
 
     def _forward_padded(self, batch: PackedBatch) -> Tensor:
@@ -150,8 +156,9 @@ class RunningModel(nn.Module):
         logits = logits_of(self.model(**inputs))
         if self.reads == "first":
             return logits
-        logits = logits[mask]
-        return logits if batch.marks is None else logits.index_select(0, batch.marks)
+        if isinstance(logits, PairedLogits):
+            return PairedLogits(_picked(logits.tokens[mask], batch.marks), logits.pairs)
+        return _picked(logits[mask], batch.marks)
 
     def run_padded(self, reason: str) -> None:
         """Plain transformers on padded batches."""
@@ -161,6 +168,7 @@ class RunningModel(nn.Module):
         for module in self.model.modules():
             if "forward" in vars(module):
                 del module.forward  # what `use_kernels` bound
+        vars(self).pop("layout_of", None)
         if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._padded_attention)
         self.packed, self.reason = False, reason
@@ -203,12 +211,18 @@ class RunningModel(nn.Module):
             if self._first_rows_only:
                 bind_last_layer(self)
             bind_merged_projections(self)
+            if next(self.model.parameters()).device.type == "cuda":
+                from regraft.engine.fast_gpu import bind_fused
+
+                bind_fused(self)
 
     def _install(self) -> None:
         for module in self.model.modules():
             module.regraft_state = self._state
         if self.reads != "first":
             self._install_marks()
+            return
+        if getattr(self.model, "keeps_all_rows", False):
             return
         if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
             self._handles.append(self.model.base_model.register_forward_hook(self._mean_rows))
@@ -225,20 +239,40 @@ class RunningModel(nn.Module):
         return _replace_hidden(output, lambda hidden: hidden[0].index_select(0, starts)[:, None])
 
     def _install_marks(self) -> None:
-        if self.reads == "marked":
-            self._handles.append(self.model.base_model.register_forward_hook(self._marked_rows))
+        if self.reads != "marked":
+            return
+        base = self.model.base_model
+        self._handles.append(base.register_forward_hook(self._marked_rows))
+        if getattr(base, "pooler", None) is not None:  # takes `[:, 0]`
+            self._handles.append(base.pooler.register_forward_pre_hook(self._pooled_rows))
 
     def _marked_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         # Over a vocabulary the head costs more than the encoder: it gets the marked rows and no others.
         marks = self._state.marks
         return output if marks is None else _replace_hidden(output, lambda hidden: hidden.index_select(1, marks))
 
+    def _pooled_rows(self, module: nn.Module, inputs: Any) -> Any:
+        return (inputs[0][0].index_select(0, self._state.layout.starts)[:, None], *inputs[1:])
+
     def _mean_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         return _replace_hidden(output, lambda hidden: self._state.layout.means(hidden[0])[:, None])
 
 
-def logits_of(output: Any) -> Tensor:
-    """The head's logits; an answer's start and end as two columns."""
+class PairedLogits(NamedTuple):
+    """Logits of marked tokens [M, V] and of pairs of sentences [B, 2], as models for pre-training give them."""
+
+    tokens: Tensor
+    pairs: Tensor
+
+
+def _picked(logits: Tensor, marks: Tensor | None) -> Tensor:
+    return logits if marks is None else logits.index_select(0, marks)
+
+
+def logits_of(output: Any) -> Any:
+    """The head's logits; an answer's start and end as two columns; of a model for pre-training both kinds."""
+    if "prediction_logits" in output:
+        return PairedLogits(output.prediction_logits, output.seq_relationship_logits)
     if "start_logits" in output:
         return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits
@@ -287,7 +321,8 @@ class _Proof:
         self.running.eval()
         try:
             with torch.no_grad():
-                return self.running(self.batch).double()
+                found = self.running(self.batch)
+                return torch.cat([x.double().flatten() for x in found]) if isinstance(found, tuple) else found.double()
         finally:
             self.running.train(was_training)
 

@@ -118,6 +118,14 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
 
     folder = find_trained(path)
     facts = read_facts(folder)
+    if "words" in facts:
+        from regraft.engine.words.model import load_words
+
+        return load_words(folder, facts)
+    if "head" in facts:
+        from regraft.engine.heads.model import load_grafted
+
+        return load_grafted(folder, facts, packing=packing)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = load_fast_tokenizer(str(folder))

@@ -77,6 +77,36 @@ def varlen_attention(
     return _forward(qkv, cu_seqlens, max_seqlen, scale, side, cos, sin, seed, p, site)[0]
 
 
+def first_rows_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """Attention of the first token of each sequence alone, all that a classification head reads.
+
+    Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D]; no sequence may be empty. What torch's flash attention does not take
+    goes through `varlen_attention`, with queries of zero for all other tokens.
+    """
+    expect("q", q, shape=(cu_seqlens.shape[0] - 1, *k.shape[1:]), like=k, contiguous=False)
+    if hands_over(k[:, None], max_seqlen, p):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        each = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=q.device)
+        call = torch.ops.aten._flash_attention_forward
+        return call(q.contiguous(), k, v, each, cu_seqlens, 1, max_seqlen, p, False, False, scale=scale)[0]
+    rows = cu_seqlens[:-1].long()
+    queries = torch.zeros_like(k).index_copy(0, rows, q.to(k.dtype))
+    qkv = torch.stack((queries, k, v), dim=1)
+    out = varlen_attention(qkv, cu_seqlens, max_seqlen, scale=scale, p=p, seed=seed, site=site)
+    return out.index_select(0, rows)
+
+
 def hands_over(qkv: Tensor, max_seqlen: int, p: float) -> bool:
     """Whether torch's flash attention takes this call: fp16 or bf16 on a GPU, and faster by the measured table.
 

@@ -25,6 +25,10 @@ FORMAT_OF_SUFFIX = {
     ".tab": "tsv",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".bio": "conll",
+    ".conllu": "conllu",
 }
 HUB = "hub:"
 GZIP_MAGIC = b"\x1f\x8b"
@@ -62,7 +66,7 @@ def find_source(path: str | Path, data: DataConfig, *, plain_text: bool = False)
         form = "text"
     if form is None:
         raise DataError(
-            f"{path}: the ending {name.suffix!r} does not tell the format; set data.format: jsonl, csv, tsv or parquet"
+            f"{path}: the ending {name.suffix!r} does not tell the format; set data.format: jsonl, csv, tsv, parquet, conll or conllu"
         )
     try:
         codecs.lookup(data.encoding)

@@ -61,6 +61,8 @@ def _strata(rows: Rows, first: Sequence[int], task_type: str) -> list[Any]:
     if task_type == "multilabel":  # the rarest label of a row is the one that a careless split would lose
         count = Counter(str(name) for names in labels for name in names)
         return [min((str(n) for n in names), key=lambda n: (count[n], n), default="") for names in labels]
+    if task_type != "classification":  # no classes to keep apart
+        return [0] * len(first)
     from regraft.engine.tasks.labels import name_of
 
     return [name_of(label) for label in labels]

@@ -25,7 +25,9 @@ def load_adapter(folder: Path, facts: dict[str, Any]) -> Adaptation:
     from regraft.engine.pretrained import load_classifier
     from regraft.engine.tasks import task_from_spec
 
-    model = load_classifier(ModelConfig.model_validate(facts["model"]), task_from_spec(facts["task"]))
+    task = task_from_spec(facts["task"])
+    model = load_classifier(ModelConfig.model_validate(facts["model"]), task)
+    task.attach(model)
     found = fingerprint(model)
     if found != facts["backbone"]:
         raise ModelError(

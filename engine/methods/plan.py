@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from regraft.engine.config import RunConfig, parse_config
-from regraft.engine.errors import RegraftError
+from regraft.engine.errors import ModelError, RegraftError
 from regraft.engine.methods.settings import SECTIONS
 
 PROBE_STEPS = 10
-ALTERNATIVES = ("full", "bitfit", "lora", "qlora", "adapter", "frozen")
+PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter")
+ALTERNATIVES = ("full", "bitfit", "lora", "qlora", "adapter")
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ def plan_run(config: RunConfig, *, alternatives: bool = True) -> RunPlan:
     from pathlib import Path
 
     from regraft.engine.training.run import _Run
+
+    if config.method not in PLANNED:
+        raise ModelError(
+            f"method: {config.method}: it trains no encoder, so its memory is not planned; planned are {', '.join(PLANNED)}"
+        )
 
     run = _Run(config, Path(config.run), None, True)
     run.prepare()

@@ -31,7 +31,8 @@ class ReportData:
               "metrics": {name: value}, "seconds"}`, and, for a step that was not taken because loss or gradient was
               not finite, `{"kind": "skipped", "step"}`
     best      a `Best`, or the same three values as a tuple; None when nothing was evaluated
-    details   as `Metrics.details()` of the task: per_class, confusion, calibration, scatter, each optional
+    details   as `Metrics.details()` of the task: per_class, confusion, calibration, scatter, each optional; and `layer_weights`,
+              `{"gamma": float, "layers": [{"layer", "weight"}]}`, of a learned combination of layers
     worst     `{"where", "text", "pair", "expected", "predicted", "loss"}`, highest loss first
     data_notes
               `{"splits": {split: {"path", "rows", "dropped": {rule: rows}, "tokens", "truncated_rows",

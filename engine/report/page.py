@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from regraft.engine.files import write_text
-from regraft.engine.report import provenance, sections
+from regraft.engine.report import layers, provenance, sections
 from regraft.engine.report.curves import training_curves
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.markup import Markup, el
@@ -18,6 +18,7 @@ PARTS = (
     sections.tiles,
     training_curves,
     sections.evaluations,
+    layers.layer_weights,
     sections.confusion,
     sections.regression,
     sections.calibration,

@@ -12,26 +12,47 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.tasks.answering import Answering
 from regraft.engine.tasks.base import Prediction, Task
+from regraft.engine.tasks.choice import Choice
 from regraft.engine.tasks.classification import Classification
+from regraft.engine.tasks.mlm import MaskedLanguage
 from regraft.engine.tasks.multilabel import MultiLabel
+from regraft.engine.tasks.ordinal import Ordinal
 from regraft.engine.tasks.regression import Regression
+from regraft.engine.tasks.several import Several
+from regraft.engine.tasks.tagging import Tagging
 
 if TYPE_CHECKING:
     from regraft.engine.config import TaskConfig
 
 __all__ = [
+    "Answering",
+    "Choice",
     "Classification",
+    "MaskedLanguage",
     "MultiLabel",
+    "Ordinal",
     "Prediction",
     "Regression",
+    "Tagging",
     "Task",
     "build_task",
     "task_class",
     "task_from_spec",
 ]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "multilabel": MultiLabel, "regression": Regression}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "regression": Regression,
+    "several": Several,
+    "tagging": Tagging,
+    "answering": Answering,
+    "mlm": MaskedLanguage,
+    "choice": Choice,
+    "ordinal": Ordinal,
+}
 
 
 def build_task(config: TaskConfig, train: Rows, label_column: str | int = "label") -> Task:

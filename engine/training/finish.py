@@ -20,7 +20,7 @@ WORST_SHOWN = 20
 
 def finish_run(run: _Run) -> dict[str, dict[str, float]]:
     """Evaluate `best/` on dev and test, write evaluation.json, report.html and the model card; metrics by split."""
-    load_best(run)
+    run.load_best()
     task = run.data.task
     found: dict[str, Evaluation] = {}
     for name in ("dev", "test"):
@@ -41,7 +41,10 @@ def finish_run(run: _Run) -> dict[str, dict[str, float]]:
     details = {name: e.accumulated.details() for name, e in found.items()}
     write_text(
         run.folder / "evaluation.json",
-        json.dumps({"metrics": metrics, "details": details, "data": run.data.notes}, indent=2, default=float) + "\n",
+        json.dumps(
+            {"metrics": metrics, "details": details, "data": run.data.notes} | run.findings(), indent=2, default=float
+        )
+        + "\n",
     )
     for name, values in metrics.items():
         run.say(f"best (step {run.state.best_step})  {name} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
@@ -101,7 +104,7 @@ def write_pages(run: _Run, found: dict[str, Evaluation]) -> None:
         machine=describe(),
         history=read_history(run.folder / "metrics.jsonl"),
         best=(state.best_step, task.metric, float(state.best_value or 0.0)),
-        details=found["dev"].accumulated.details(),
+        details=found["dev"].accumulated.details() | run.findings(),
         worst=worst_rows(found["dev"], run.data.splits["dev"]),
         data_notes={"splits": notes, "labels": {name: note["labels"] for name, note in notes.items()}},
         totals={"seconds": state.seconds, "tokens": state.tokens, "steps": state.step, "skipped": state.skipped},

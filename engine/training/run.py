@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from regraft.engine.config import RunConfig, config_hash
+from regraft.engine.config import WORD_METHODS, RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
@@ -50,7 +50,7 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
-    run = _Run(config, folder, on_step, quiet)
+    run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         return run.go()
     except Exception as error:
@@ -64,8 +64,29 @@ def train(
         thaw()
 
 
+def recipe_of(config: RunConfig) -> type[_Run]:
+    """The recipe of a method: the one below, or what a method changes of it."""
+    if config.method == "frozen":
+        from regraft.engine.heads.run import FrozenRun
+
+        return FrozenRun
+    if config.method == "contrastive":
+        from regraft.engine.heads.contrastive import ContrastiveRun
+
+        return ContrastiveRun
+    if config.method in WORD_METHODS:
+        from regraft.engine.words.run import WordsRun
+
+        return WordsRun
+    return _Run
+
+
 class _Run:
     """One run's parts. `go` is the recipe."""
+
+    # What `build` sets where a method uses it.
+    vocabulary: Any = None
+    unfreezing: Any = None
 
     def __init__(
         self,
@@ -135,9 +156,9 @@ class _Run:
         torch.manual_seed(training.seed)  # a fresh head is drawn here
         task = self.data.task
         model = load_classifier(config.model, task)
+        task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)
-        task.attach(model)
         if training.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.running = RunningModel(model, pad_token_id=self.data.tokenizer.pad_token_id, reads=task.reads)
@@ -173,6 +194,7 @@ class _Run:
             token_budget=choose_token_budget(config, model, self.precision),
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
+            graphed=self.graph_steps(),
         )
         how = "packed" if self.running.packed else "padded"
         self.say(
@@ -219,12 +241,15 @@ class _Run:
         usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
         return bind_embedding(model) if usable else None
 
+    def graph_steps(self) -> Any:
+        from regraft.engine.training.graphed import graph_steps
+
+        options = {"precision": self.precision, "kernels": self.config.model.kernels}
+        autocast, say = self.accelerator.autocast, self.say
+        return graph_steps(self.running, self.data.task, self.parameters, autocast=autocast, say=say, **options)
+
     def set_training_mode(self) -> None:
         self.running.train()
-        if self.config.method == "frozen":
-            for name, module in self.running.model.base_model.named_modules():
-                if "pooler" not in name:
-                    module.training = False
 
     def resume(self) -> None:
         from regraft.engine.training.checkpoint import Progress, latest_checkpoint, load_checkpoint
@@ -391,6 +416,16 @@ class _Run:
         if self.accelerator.is_main_process:
             with self.vocabulary.whole() if self.vocabulary else nullcontext():
                 save_trained(self.folder / "best", self.running, self.config, self.data, self.adaptation)
+
+    def load_best(self) -> None:
+        """Put the best model so far into memory, and see that `best/` holds it."""
+        from regraft.engine.training.finish import load_best
+
+        load_best(self)
+
+    def findings(self) -> dict[str, Any]:
+        """What a method learned besides its weights, for the report."""
+        return {}
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every

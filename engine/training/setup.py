@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.config import RunConfig
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
-from regraft.engine.data.read import read_split
-from regraft.engine.data.split import split_dev
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.pretrained import position_limit, resolve
-from regraft.engine.tasks import Task, build_task, task_class
+from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
+from regraft.engine.training.splits import read_parts
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +37,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     Raises DataError and ModelError.
     """
-    data, kind = config.data, task_class(config.task.type)
+    data = config.data
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
     takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
@@ -47,15 +46,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
         )
     max_length = config.model.max_length or min([*takes, 512])
-    train = read_split(kind, data, "train")
-    task = build_task(config.task, train, data.columns.label)
-    if data.dev is not None:
-        dev = read_split(kind, data, "dev")
-    else:
-        train, dev = split_dev(train, data.dev_fraction, config.training.seed, kind.kind())
-    parts = {"train": train, "dev": dev}
-    if data.test is not None:
-        parts["test"] = read_split(kind, data, "test")
+    task, parts = read_parts(config)
     splits, notes = {}, {}
     for name, rows in parts.items():
         unknown = "error" if name == "train" else data.unknown_label

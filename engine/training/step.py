@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from regraft.engine.examples import Examples
+    from regraft.engine.training.graphed import GraphedGradients
     from regraft.kernels.embedding import RowGradient
 
 
@@ -50,6 +51,7 @@ class Stepper:
     token_budget: int
     max_grad_norm: float | None
     rows: RowGradient | None = None
+    graphed: GraphedGradients | None = None
 
     def __call__(self, step: int, rows: np.ndarray) -> StepResult:
         """Take step number `step` over the units `rows`."""
@@ -80,6 +82,8 @@ class Stepper:
                     raise
                 self.token_budget = max(longest, self.token_budget // 2)
                 self.clear()
+                if self.graphed is not None:
+                    self.graphed.forget()
                 torch.cuda.empty_cache()
 
     def rehearse(self, batch_size: int) -> None:
@@ -97,6 +101,8 @@ class Stepper:
 
     def _gradients(self, step: int, rows: np.ndarray) -> float:
         """Forward and backward of this process's share; returns the step's loss over all processes."""
+        from regraft.engine.training.graphed import average_over_processes
+
         accelerator = self.accelerator
         # Every process draws the whole step, so that all know its weight.
         examples, rows = self.task.draw(self.examples, rows, (self.seed, step))
@@ -108,21 +114,29 @@ class Stepper:
         parts = [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
         # Gradients are averaged over processes; the loss is divided by the whole step's weight.
         factor = accelerator.num_processes / total if total > 0 else 0.0
-        lost = torch.zeros((), dtype=torch.float64)
+        lost = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for number, part in enumerate(parts):
             last = number == len(parts) - 1
-            torch.manual_seed(step_seed(self.seed, step, accelerator.process_index, number))
+            seed = step_seed(self.seed, step, accelerator.process_index, number)
+            torch.manual_seed(seed)
             sequences = examples.sequences(part)
-            weights = torch.from_numpy(examples.weights[sequences] * (0.0 if idle else 1.0)).to(accelerator.device)
-            targets = torch.from_numpy(self.task.targets_of(examples, sequences)).to(accelerator.device)
+            weights = torch.from_numpy(examples.weights[sequences] * (0.0 if idle else 1.0))
+            targets = torch.from_numpy(self.task.targets_of(examples, sequences))
+            batch = collate_examples(examples, sequences)
+            if self.graphed is not None:
+                lost += self.graphed(batch, targets, weights, factor=factor, seed=seed)
+                continue
+            weights, targets = weights.to(accelerator.device), targets.to(accelerator.device)
             sync: Any = nullcontext() if last else accelerator.no_sync(self.model)
             with sync:
-                batch = collate_examples(examples, sequences).to(accelerator.device)
+                batch = batch.to(accelerator.device)
                 loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
                 accelerator.backward(loss)
-            lost += loss.detach().double().cpu()
+            lost += loss.detach()
+        if self.graphed is not None:
+            average_over_processes(self.graphed.gradients, accelerator.num_processes)
         if accelerator.num_processes > 1:
-            lost = accelerator.reduce(lost.to(accelerator.device), reduction="mean").cpu()
+            lost = accelerator.reduce(lost, reduction="mean")
         return float(lost)
 
 

@@ -73,11 +73,11 @@ def test_stopped_and_gone_on_is_as_never_stopped(method, options, make_config, t
 
 
 def test_an_adapter_learns_and_goes_all_the_way_to_a_graph(make_config, write_rows, tmp_path):
-    path = make_config(data={"train": str(write_rows("many.csv", 500, 7)), "dev": str(write_rows("other.csv", 100, 8))})
+    path = make_config(data={"train": str(write_rows("many.csv", 240, 7)), "dev": str(write_rows("other.csv", 100, 8))})
     folder = tmp_path / "r"
-    settings = ["method=lora", "training.epochs=8", "training.learning_rate=1e-2"]
+    settings = ["method=lora", "training.epochs=4", "training.learning_rate=1e-2"]
     result = run(path, folder, *settings)
-    assert result.metrics["dev"]["accuracy"] > 0.7
+    assert result.metrics["dev"]["accuracy"] > 0.6
     assert not (folder / "best" / "model.safetensors").exists()
     assert sum(f.stat().st_size for f in (folder / "best").glob("adapter_*")) < 60_000
     done = regraft("evaluate", folder, "--format", "json")

@@ -1,0 +1,133 @@
+"""`regraft compare`: every way in a process of its own, the learning curve first, then more seeds, until time is up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from regraft.engine.compare.results import Result
+from regraft.engine.compare.ways import Way, available
+from regraft.engine.config import RunConfig
+
+SHARES = (0.01, 0.05, 0.25, 1.0)
+GRACE = 5.0  # seconds a worker may be late before it is stopped
+Say = Callable[[str], None]
+
+
+def compare(
+    config: RunConfig,
+    names: tuple[str, ...],
+    *,
+    budget: float,
+    seeds: int = 3,
+    folds: int = 0,
+    shares: Sequence[float] = SHARES,
+    say: Say = lambda line: None,
+) -> list[Result]:
+    """Measure the ways within about `budget` seconds. `folds`: 0, or k parts that are held out in turn, as the seeds."""
+    deadline = time.time() + budget
+    results = []
+    with tempfile.TemporaryDirectory(prefix="regraft-compare-") as scratch:
+        todo: list[tuple[Way, Result]] = []
+        for way, why in available(config, names):
+            result = Result(way.name, way.title, why=why)
+            results.append(result)
+            if why:
+                say(f"{way.title}: left out: {why}")
+            else:
+                todo.append((way, result))
+        for number, (way, result) in enumerate(todo):
+            # What comes later gets its part of the time too; what is left over goes to more seeds.
+            own = time.time() + (deadline - time.time()) * (0.5 if number < len(todo) - 1 else 1.0)
+            curve = [1.0] if not way.labels or way.name == "majority" else list(shares)
+            _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), say)
+        again = [(way, r) for way, r in todo if r.complete and way.name not in ("majority", "zeroshot")]
+        for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
+            points = [(1.0, s) for s in range(1, folds or seeds)]
+            _work(config, way, result, points, deadline, folds, Path(scratch), say)
+    return results
+
+
+def _work(
+    config: RunConfig,
+    way: Way,
+    result: Result,
+    points: list[tuple[float, int]],
+    deadline: float,
+    folds: int,
+    scratch: Path,
+    say: Say,
+) -> None:
+    if not points:
+        return
+    full = [p for p in result.points if p["share"] == 1.0]
+    job = {
+        "config": config.model_dump(mode="json", exclude_unset=True),
+        "way": way.name,
+        "folder": str(scratch),
+        "folds": folds,
+        "deadline": deadline,
+        "last": [1.0, *min((p["wall_seconds"], p["train_seconds"]) for p in full)] if full else None,
+        "points": points,
+    }
+    file = scratch / "job.json"
+    file.write_text(json.dumps(job), encoding="utf-8")
+    command = [sys.executable, "-m", "regraft.engine.compare.worker", str(file)]
+    worker = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = worker.communicate(timeout=max(1.0, deadline - time.time() + GRACE))
+        late = False
+    except subprocess.TimeoutExpired:
+        os.killpg(worker.pid, signal.SIGKILL)
+        out, err = worker.communicate()
+        late = True
+    except BaseException:
+        os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+        raise
+    told = [_record(line) for line in out.splitlines()]
+    for record in told:
+        _take(result, way, record, say)
+    if late:
+        say(f"{way.title}: stopped, the time was up")
+        result.why = result.why or ("" if result.complete else "stopped: the budget was used up")
+    elif worker.returncode:
+        last = err.strip().splitlines()[-1] if err.strip() else f"ended with {worker.returncode}"
+        say(f"{way.title}: {last}")
+        result.why = result.why or last
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
+    if "metrics" in record:
+        result.points.append(record)
+        named = next(iter(record["metrics"].items()))
+        say(
+            f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {named[1]:.4f}, "
+            f"trained in {record['train_seconds']:.1f} s"
+        )
+    elif "error" in record:
+        result.why = record["error"]
+        say(f"{way.title}: {record['error']}")
+    elif "needs" in record and record["share"] == 1.0 and not result.complete:
+        result.why = f"would take about {record['needs']:.0f} s more than the budget leaves"
+        say(f"{way.title}: on all rows it {result.why}")
+    elif "memory_mb" in record:
+        result.memory_mb = max(result.memory_mb, record["memory_mb"])

@@ -1,0 +1,87 @@
+"""The ways that `regraft compare` knows: what each needs, and the settings it is run with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from regraft.engine.config import RunConfig, parse_config
+
+
+@dataclass(frozen=True)
+class Way:
+    """`settings` go over the user's configuration, section by section. `labels`: whether it learns from labels."""
+
+    name: str
+    title: str
+    settings: dict[str, Any]
+    labels: bool = True
+
+
+FROZEN = {"learning_rate": 1e-3, "epochs": 15, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}
+SCRATCH = {"learning_rate": 1e-3, "epochs": 6, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}
+WAYS = (
+    Way("majority", "majority class", {}),
+    Way("tfidf", "TF-IDF + logistic regression", {}),
+    Way("vectors", "word vectors + BiLSTM", {"method": "vectors", "head": {"type": "bilstm", "dropout": 0.3, "hidden": 100}, "training": SCRATCH}),
+    Way("lstm", "LSTM from scratch", {"method": "scratch", "head": {"type": "bilstm", "dropout": 0.3, "hidden": 100}, "training": SCRATCH}),
+    Way("cnn", "CNN from scratch", {"method": "scratch", "head": {"type": "cnn", "dropout": 0.3, "hidden": 100}, "training": SCRATCH}),
+    Way("zeroshot", "zero-shot by label names", {"method": "frozen", "head": {"type": "zeroshot"}, "training": FROZEN}, labels=False),
+    Way("centroid", "frozen + nearest centroid", {"method": "frozen", "head": {"type": "centroid"}, "training": FROZEN}),
+    Way("logistic", "frozen + logistic regression", {"method": "frozen", "head": {"type": "logistic"}, "training": FROZEN}),
+    Way("linear", "frozen + linear", {"method": "frozen", "head": {"type": "linear"}, "training": FROZEN}),
+    Way("mix", "frozen + scalar mix of layers", {"method": "frozen", "head": {"type": "linear", "mix": "scalar"}, "features": {"layers": "all"}, "training": FROZEN}),
+    Way("contrastive", "contrastive few-shot", {"method": "contrastive", "head": {"type": "logistic"}, "training": {"layer_decay": 1.0, "learning_rate": 5e-5, "epochs": 20, "batch_size": 32}}),
+    Way("lora", "LoRA", {"method": "lora", "training": {"learning_rate": 5e-4}}),
+    Way("full", "full fine-tuning", {"method": "full"}),
+)  # fmt: skip
+NAMES = tuple(way.name for way in WAYS)
+DEFAULT = ("majority", "tfidf", "vectors", "lstm", "logistic", "linear", "mix", "lora", "full")
+LEAST_STEPS = 60  # of a trained way: an epoch over 1% of the rows is no training
+FEW_SHOT_ROWS = 64  # a class: beyond it pairs of rows teach no more than the rows themselves
+
+
+def configured(base: RunConfig, way: Way, *, seed: int, run: str, rows: int) -> RunConfig:
+    """The user's run as `way` does it on `rows` training rows. Raises ConfigError where the method is not in this version."""
+    values = base.model_dump(mode="json", exclude_unset=True)
+    values.setdefault("training", {})
+    for section, settings in way.settings.items():
+        values[section] = {**values.get(section, {}), **settings} if isinstance(settings, dict) else settings
+    if way.settings.get("method") in ("frozen", "vectors", "scratch", "contrastive"):
+        # What the user's head or features say holds for the way they were written for.
+        for section in ("head", "features"):
+            kept = {"store", "limit_gb", "descriptions"} & values.get(section, {}).keys()
+            own = {k: v for k, v in values.get(section, {}).items() if k in kept}
+            values[section] = {**own, **way.settings.get(section, {})}
+    else:
+        values.pop("head", None)
+        values.pop("features", None)
+    values["run"], values["trackers"] = run, []
+    values["training"] = {**values["training"], "seed": seed}
+    found = parse_config(values, source=f"compare ({way.title})")
+    # parse_config has filled in what the user left open, by method.
+    epochs = max(found.training.epochs, LEAST_STEPS * found.training.batch_size / rows)
+    return found.model_copy(update={"training": found.training.model_copy(update={"epochs": epochs})})
+
+
+def available(base: RunConfig, names: tuple[str, ...]) -> list[tuple[Way, str]]:
+    """Each way with why it cannot run here, or ''."""
+    from regraft.engine.config import RunConfig as Config
+
+    known = Config.model_fields["method"].annotation
+    methods = set(getattr(known, "__args__", ()))
+    found = []
+    for way in WAYS:
+        if way.name not in names:
+            continue
+        method, why = way.settings.get("method", "full"), ""
+        if method not in methods:
+            why = "not in this version"
+        elif way.name == "vectors" and base.words.vectors is None:
+            why = "words.vectors names no file"
+        elif base.task.type != "classification" and way.name in ("zeroshot", "centroid", "contrastive"):
+            why = "for classifications only"
+        elif base.task.type == "regression" and way.name in ("logistic", "tfidf"):
+            why = "for classes only"
+        found.append((way, why))
+    return found

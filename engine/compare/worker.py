@@ -1,0 +1,183 @@
+"""One way in a process of its own, so that its memory is its own: every seed and share of the rows, one JSON line each.
+
+    python -m regraft.engine.compare.worker JOB.json
+
+Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train_seconds", "latency_ms", "mb"}, or
+{"share", "seed", "needs"} for what would not be done in time; then {"memory_mb"}.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from regraft.engine.compare.rows import fold_of, part_of, write_rows
+from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured
+from regraft.engine.config import RunConfig, parse_config
+from regraft.engine.data.rows import Rows
+from regraft.engine.errors import RegraftError
+from regraft.engine.tasks import Task
+from regraft.engine.training.splits import read_splits
+
+LATENCY_TEXTS = 30
+
+
+def main(path: str) -> int:
+    """Do the job in `path`: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...]};
+    `deadline`: seconds since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null."""
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    base = parse_config(job["config"], source="compare")
+    way = next(w for w in WAYS if w.name == job["way"])
+    task, splits = read_splits(base)
+    folder = Path(job["folder"])
+    last = job["last"]
+    for share, seed in job["points"]:
+        # Training grows with the rows; importing, evaluating and timing do not.
+        needs = last[1] - last[2] + last[2] * share / last[0] if last else 0.0
+        if time.time() + needs > job["deadline"]:
+            _say({"share": share, "seed": seed, "needs": needs})
+            continue
+        started = time.perf_counter()
+        try:
+            here = held_out(splits, job["folds"], seed) if job["folds"] else splits
+            found = point(base, way, task, here, share, seed, folder)
+        except RegraftError as error:
+            found = {"error": str(error)}
+        wall = time.perf_counter() - started
+        last = [share, wall, min(wall, found["train_seconds"])] if "metrics" in found else last
+        _say({"share": share, "seed": seed, "wall_seconds": wall, **found})
+    _say({"memory_mb": _memory() / 1e6})
+    return 0
+
+
+def held_out(splits: dict, folds: int, fold: int) -> dict:
+    """The splits with one part of the training rows held out as test rows."""
+    rows, targets = splits["train"]
+    out = fold_of(targets, folds) == fold
+    kept, held = np.flatnonzero(~out), np.flatnonzero(out)
+    parts = {"train": (rows.take(kept), targets[kept]), "test": (rows.take(held, split="test"), targets[held])}
+    return {**splits, **parts}
+
+
+def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, seed: int, folder: Path) -> dict[str, Any]:
+    """Train on a share of the rows and measure on test rows, or dev where there are none."""
+    train, targets = splits["train"]
+    kept = part_of(targets, share, seed)
+    if way.name == "contrastive":
+        kept = _at_most(kept, targets, FEW_SHOT_ROWS, seed)
+    rows = train.take(kept)
+    held, held_targets = splits.get("test") or splits["dev"]
+    if way.name in ("majority", "tfidf"):
+        return _sparse(way, task, rows, targets[kept], held, held_targets)
+    here = folder / way.name
+    shutil.rmtree(here, ignore_errors=True)
+    here.mkdir(parents=True)
+    config = _on_files(
+        configured(base, way, seed=seed, run=str(here / "run"), rows=len(rows)), task, rows, splits, here
+    )
+    from regraft.engine.training.run import train as train_run
+
+    result = train_run(config, quiet=True)
+    metrics = result.metrics["test" if "test" in splits else "dev"]
+    latency = _latency(result.folder, held)
+    size = sum(f.stat().st_size for f in (result.folder / "best").rglob("*") if f.is_file()) / 1e6
+    found = {
+        "rows": len(rows),
+        "held": len(held),
+        "metrics": metrics,
+        "train_seconds": result.seconds,
+        "latency_ms": latency,
+        "mb": size,
+    }
+    shutil.rmtree(here, ignore_errors=True)
+    return found
+
+
+def _on_files(config: RunConfig, task: Task, rows: Rows, splits: dict, here: Path) -> RunConfig:
+    """The same run over files of just these rows, with the labels of the whole data."""
+    columns = {k: str(v) for k, v in config.data.columns.model_dump().items() if v is not None}
+    write_rows(here / "train.jsonl", rows, columns)
+    names = {"train": str(here / "train.jsonl")}
+    for name in ("dev", "test"):
+        if name in splits:
+            write_rows(here / f"{name}.jsonl", splits[name][0], columns)
+            names[name] = str(here / f"{name}.jsonl")
+    values = config.model_dump(mode="json")
+    values["data"] |= {
+        **names,
+        "columns": columns,
+        "format": "auto",
+        "limit": None,
+        "encoding": "utf-8",
+        "header": True,
+    }
+    if task.type != "regression":
+        values["task"]["labels"] = list(task.labels)
+    return parse_config(values, source="compare")
+
+
+def _sparse(
+    way: Way, task: Task, rows: Rows, targets: np.ndarray, held: Rows, held_targets: np.ndarray
+) -> dict[str, Any]:
+    from regraft.engine.compare.sparse import fit_majority, fit_tfidf
+
+    fitted = (fit_majority if way.name == "majority" else fit_tfidf)(rows, targets, task)
+    metrics = task.metrics()
+    metrics.update(fitted.model(held), held_targets)
+    times = []
+    for i in range(min(LATENCY_TEXTS, len(held))):
+        one = held.take(np.array([i]))
+        began = time.perf_counter()
+        fitted.model(one)
+        times.append(time.perf_counter() - began)
+    return {
+        "rows": len(rows),
+        "held": len(held),
+        "metrics": metrics.compute(),
+        "train_seconds": fitted.seconds,
+        "latency_ms": 1000 * statistics.median(times),
+        "mb": fitted.bytes / 1e6,
+    }
+
+
+def _latency(folder: Path, held: Rows) -> float:
+    """Median milliseconds of one text at a time through the trained model, tokenising included."""
+    from regraft.engine.predict import predict
+    from regraft.engine.trained import load_trained
+
+    trained = load_trained(folder)
+    times = []
+    for i in range(min(LATENCY_TEXTS, len(held)) + 3):
+        i %= len(held)
+        one = [(held.texts[i], None if held.pairs is None else held.pairs[i])]
+        began = time.perf_counter()
+        list(predict(trained, one))
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times[3:] or times)
+
+
+def _at_most(rows: np.ndarray, targets: np.ndarray, most: int, seed: int) -> np.ndarray:
+    draw = np.random.Generator(np.random.Philox(key=[seed, 78]))
+    parts = [draw.permutation(rows[targets[rows] == label])[:most] for label in np.unique(targets[rows])]
+    return np.sort(np.concatenate(parts))
+
+
+def _memory() -> float:
+    """Most bytes this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _say(record: dict[str, Any]) -> None:
+    print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,170 @@
+"""Questions with contexts and answers: SQuAD 1.1 and 2.0 json, CMRC's, and one object a line.
+
+Rows: `texts` are questions, `pairs` contexts, labels `Answers`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from regraft.engine.config import DataConfig
+from regraft.engine.data.rows import Rows
+from regraft.engine.data.source import HUB, find_source, open_lines
+from regraft.engine.errors import DataError, at, nearest
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What counts as right: texts with the character each begins at; none for a question without an answer."""
+
+    id: str
+    texts: tuple[str, ...]
+    starts: tuple[int, ...]
+
+
+def read_questions(path: str, data: DataConfig, *, split: str, need_labels: bool, limit: int | None) -> Rows:
+    """Rows of a file. Raises DataError naming file and question."""
+    found = []
+    dropped: dict[str, int] = {}
+    for item in _items(path, data, split):
+        if limit is not None and len(found) >= limit:
+            break
+        blank = [part for part in (item.question, item.context) if isinstance(part, str) and not part.strip()]
+        if blank and data.empty == "drop":
+            dropped["empty"] = dropped.get("empty", 0) + 1
+            continue
+        found.append(_checked(item, need_labels))
+    if not found:
+        raise DataError(f"{path}: no questions")
+    questions, contexts, answers, lines = zip(*found, strict=True)
+    return Rows(
+        split,
+        str(path),
+        list(questions),
+        None if None in answers else list(answers),
+        np.array(lines, dtype=np.int64),
+        pairs=list(contexts),
+        dropped=dropped,
+    )
+
+
+@dataclass(frozen=True)
+class _Item:
+    place: str
+    line: int
+    id: str
+    question: Any
+    context: Any
+    answers: Any
+
+
+def _items(path: str, data: DataConfig, split: str) -> Iterator[_Item]:
+    columns = data.columns
+    names = tuple(
+        default if given == unset else str(given)
+        for given, unset, default in (
+            (columns.text, "text", "question"),
+            (columns.text_pair, None, "context"),
+            (columns.label, "label", "answers"),
+        )
+    )
+    if str(path).startswith(HUB) or data.format == "parquet" or str(path).endswith((".parquet", ".pq")):
+        yield from _table(path, data, split, names)
+        return
+    source = find_source(path, data)
+    with open_lines(source, newline="\n") as lines:
+        content = "".join(lines)
+    try:
+        whole = json.loads(content)
+    except ValueError:
+        whole = None  # more than one object: one a line
+    if isinstance(whole, dict) and "data" in whole:
+        yield from _squad(str(path), whole["data"])
+        return
+    if isinstance(whole, list) and whole and "paragraphs" in whole[0]:
+        yield from _squad(str(path), whole)
+        return
+    from regraft.engine.data.cells import parse_json_line
+
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            values = parse_json_line(line, path, number)
+            yield _of_object(values, names, at(path, number), number)
+
+
+def _table(path: str, data: DataConfig, split: str, names: tuple[str, ...]) -> Iterator[_Item]:
+    from regraft.engine.data.cells import open_cells
+    from regraft.engine.data.hub import open_hub
+
+    columns = data.columns.model_copy(update={"text": names[0], "text_pair": names[1], "label": names[2]})
+    data = data.model_copy(update={"columns": columns})
+    if str(path).startswith(HUB):
+        opened = open_hub(str(path), data, split=split, need_labels=False)
+    else:
+        opened = open_cells(find_source(path, data), data, need_labels=False)
+    with opened as table:
+        for line, question, context, answers in table.cells:
+            yield _Item(at(path, line), line, str(line), question, context, answers)
+
+
+def _of_object(values: dict[str, Any], names: tuple[str, ...], place: str, line: int) -> _Item:
+    question, context, answers = names
+    for name in (question, context):
+        if name not in values:
+            raise DataError(f"{place}: there is no key {name!r}{nearest(name, values)}, only {', '.join(values)}")
+    found = values.get(answers)
+    if values.get("is_impossible"):
+        found = []
+    return _Item(place, line, str(values.get("id", line)), values[question], values[context], found)
+
+
+def _squad(path: str, articles: Any) -> Iterator[_Item]:
+    number = 0
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            for qa in paragraph.get("qas", ()):
+                number += 1
+                place = f"{path}: question {qa.get('id', number)!r}"
+                if "question" not in qa or "context" not in paragraph:
+                    missing = "question" if "question" not in qa else "context"
+                    raise DataError(f"{place}: there is no {missing}")
+                answers = [] if qa.get("is_impossible") else qa.get("answers")
+                yield _Item(place, number, str(qa.get("id", number)), qa["question"], paragraph["context"], answers)
+
+
+def _checked(item: _Item, need_labels: bool) -> tuple[str, str, Answers | None, int]:
+    for name, value in (("question", item.question), ("context", item.context)):
+        if not isinstance(value, str) or not value.strip():
+            hint = "empty; set data.empty: drop to leave such questions out" if isinstance(value, str) else repr(value)
+            raise DataError(f"{item.place}: the {name} is {hint}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{item.place}: the {name} holds half of a character (a lone surrogate)") from None
+    if item.answers is None:
+        if need_labels:
+            raise DataError(f"{item.place}: there are no answers; a question without any has []")
+        return item.question, item.context, None, item.line
+    given = item.answers
+    if isinstance(given, dict):  # as `datasets` writes them: a list of texts and a list of starts
+        pairs = list(zip(given.get("text", ()), given.get("answer_start", ()), strict=False))
+    else:
+        pairs = [(a.get("text"), a.get("answer_start", -1)) for a in given]
+    for text, start in pairs:
+        if not isinstance(text, str) or not isinstance(start, int):
+            raise DataError(f"{item.place}: an answer needs text and answer_start, found {text!r} at {start!r}")
+    texts, starts = zip(*pairs, strict=True) if pairs else ((), ())
+    return item.question, item.context, Answers(item.id, tuple(texts), tuple(starts)), item.line
+
+
+def locate(context: str, text: str, start: int) -> int | None:
+    """Where an answer stands: at `start` if it does, else the nearest place it occurs at; None for nowhere."""
+    if text and context[start : start + len(text)] == text and start >= 0:
+        return start
+    places = [i for i in range(len(context)) if context.startswith(text, i)] if text.strip() else []
+    return min(places, key=lambda i: abs(i - start), default=None)

@@ -1,0 +1,100 @@
+"""`regraft features`: compute, list, verify and prune stored features."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+COMMANDS = {"list", "verify", "prune"}
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "features", help="compute a run's features once and keep them; list, verify or prune what is kept"
+    )
+    parser.add_argument("what", metavar="run.yaml|list|verify|prune", help="a run's YAML file, or what to do")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--root", metavar="FOLDER", help="folder of stores; default: features in the cache folder")
+    parser.add_argument("--delete", action="store_true", help="verify: delete damaged shards")
+    parser.add_argument("--to", type=float, metavar="GB", help="prune: delete least recently used shards down to this")
+    parser.add_argument("--store", metavar="NAME", help="prune: delete this store")
+    parser.add_argument("--clusters", type=int, metavar="K", help="group the training texts and show the nearest rows")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.what in COMMANDS:
+        return {"list": _list, "verify": _verify, "prune": _prune}[args.what](args)
+    return _compute(args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from regraft.engine.features.keep import stores
+    from regraft.engine.features.store import store_root
+
+    root = store_root(args.root)
+    total = 0
+    for store in stores(root):
+        print(store.line())
+        total += store.bytes
+    print(f"{root}: {total / 1e6:,.1f} MB")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from regraft.engine.features.keep import stores, verify
+    from regraft.engine.features.store import store_root
+
+    root = store_root(args.root)
+    wrong = verify(root, delete=args.delete)
+    for line in wrong:
+        print(line)
+    print(f"{root}: {sum(s.shards for s in stores(root))} shards, {len(wrong)} wrong")
+    return 1 if wrong and not args.delete else 0
+
+
+def _prune(args: argparse.Namespace) -> int:
+    from regraft.engine.errors import StoreError
+    from regraft.engine.features.keep import prune, remove
+    from regraft.engine.features.store import store_root
+
+    root = store_root(args.root)
+    if args.store:
+        remove(root, args.store)
+        print(f"{root / args.store}: deleted")
+        return 0
+    if args.to is None or args.to < 0:
+        raise StoreError("prune: say how much may stay with --to GB, or which store goes with --store NAME")
+    shards, freed = prune(root, int(args.to * 1e9))
+    print(f"{root}: {shards} shards deleted, {freed / 1e6:,.1f} MB freed")
+    return 0
+
+
+def _compute(args: argparse.Namespace) -> int:
+    from regraft.engine.config import load_config
+    from regraft.engine.features.extract import features_of
+    from regraft.engine.progress import ProgressBar
+    from regraft.engine.training.splits import read_splits
+
+    config = load_config(args.what, args.overrides)
+    speaks = int(os.environ.get("RANK", "0")) == 0
+
+    def say(line: str) -> None:
+        if speaks:
+            ProgressBar("", 0).say(line)
+
+    if args.clusters:
+        from regraft.engine.data.read import read_rows
+
+        parts = {"train": read_rows(config.data, "train", task_type=config.task.type, need_labels=False)}
+    else:
+        parts = {name: rows for name, (rows, _) in read_splits(config)[1].items()}
+    found = features_of(config, parts, say)
+    if speaks:
+        for name, rows in found.items():
+            print(f"{name:5} {len(rows):,} rows, {rows.bytes / 1e6:,.1f} MB")
+    if args.clusters and speaks:
+        from regraft.engine.features.clusters import show_clusters
+
+        show_clusters(found["train"], parts["train"], args.clusters, config.training.seed)
+    return 0

@@ -1,0 +1,200 @@
+"""A frozen encoder that gives its layers' hidden states, pooled or one a token, and perhaps a head's logits.
+
+`GraftedEncoder` looks to `RunningModel` like a transformers model, so it runs packed, is proven so, and exports through
+the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import ModelOutput
+
+from regraft.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from regraft.engine.models import RunningModel
+
+
+class GraftedEncoder(nn.Module):
+    """An encoder cut off above the highest layer asked for, and a head over what it gives.
+
+    `head` takes pooled rows [B, J, H], or for pooling 'none' cells [B, L, J, H] with `lengths` [B]. Without one the
+    features themselves come out: [B, J * H], or [T, J * H].
+    """
+
+    base_model_prefix = "backbone"
+    keeps_all_rows = True  # RunningModel hands on every token, not the first of each sequence
+    regraft_state: Any  # set by RunningModel: the layout of the batch that is running
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        layers: Sequence[int],
+        pooling: str,
+        *,
+        normalise: bool = False,
+        head: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone: Any = backbone
+        self.layers, self.pooling, self.normalise = tuple(layers), pooling, normalise
+        self.head = head
+        self.bare = head is None  # features come out, whether there is a head or not
+        self._seen: list[Tensor] = []
+        self._hooked = self._hook()
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.backbone
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.backbone.set_attn_implementation(name)
+
+    def forward(self, **inputs: Tensor) -> ModelOutput:
+        """As transformers' models: an output with `logits`."""
+        hidden, mask = self.hidden(inputs), inputs.get("attention_mask")
+        head = None if self.bare else self.head
+        return SequenceClassifierOutput(logits=self.headed(head, hidden, mask, self.pooling, self.normalise))
+
+    def headed(
+        self, head: nn.Module | None, hidden: Tensor, mask: Tensor | None, pooling: str, normalise: bool
+    ) -> Tensor:
+        """A head's logits [B, C] over hidden states [1, T, J, H] or, with a mask [B, L], [B, L, J, H]; without a head
+        the features themselves."""
+        if pooling == "none":
+            return self._tokens(head, hidden, mask)
+        rows = self._pooled(hidden, mask, pooling)
+        if normalise:
+            rows = nn.functional.normalize(rows, dim=-1)
+        return rows.flatten(1) if head is None else head(rows)
+
+    def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Hidden states of the chosen layers. Shape: [1, T, J, H] packed, [B, L, J, H] padded."""
+        self._seen.clear()
+        if self._hooked:
+            output = self.backbone(**inputs)
+            states = [*self._seen]
+            if self.layers[-1] == self.depth:
+                states[-1] = output.last_hidden_state  # after a final norm, where the model has one
+        else:
+            states = list(self.backbone(**inputs, output_hidden_states=True).hidden_states)
+        self._seen.clear()
+        return torch.stack([states[n] for n in self.layers], dim=2).float()
+
+    @property
+    def depth(self) -> int:
+        return int(self.backbone.config.num_hidden_layers)
+
+    def _pooled(self, hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+        if mask is None:
+            layout = self.regraft_state.layout
+            rows = hidden[0]
+            if pooling == "first":
+                return rows.index_select(0, layout.starts)
+            if pooling == "mean":
+                return layout.means(rows.flatten(1)).unflatten(1, rows.shape[1:])
+            cells, lengths = to_cells(rows, layout)
+        elif pooling == "first":
+            return hidden[:, 0]
+        else:
+            cells, lengths = hidden, mask.sum(dim=1)
+        inside = inside_of(cells, lengths)[..., None, None]
+        if pooling == "max":
+            return torch.where(inside, cells, -torch.inf).amax(dim=1)
+        return (cells * inside).sum(dim=1) / lengths[:, None, None].to(cells.dtype)
+
+    def _tokens(self, head: nn.Module | None, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        if head is None:
+            rows = hidden[0] if mask is None else hidden[mask.bool()]
+            return rows.flatten(1)
+        if mask is None:
+            return head(*to_cells(hidden[0], self.regraft_state.layout))
+        return head(hidden, mask.sum(dim=1))
+
+    def _hook(self) -> bool:
+        # Where the layers stand in one list: its first layer's input is layer 0, each output the next one.
+        found = _layer_list(self.backbone)
+        if found is None:
+            return False
+        owner, name, layers = found
+        top = max(self.layers[-1], 1)
+        if top < len(layers):
+            layers = layers[:top]
+            setattr(owner, name, layers)
+        layers[0].register_forward_pre_hook(self._see_input, with_kwargs=True)
+        for layer in layers:
+            layer.register_forward_hook(self._see_output)
+        return True
+
+    def _see_input(self, module: nn.Module, positional: Any, named: Any) -> None:
+        self._seen.append(positional[0] if positional else named["hidden_states"])
+
+    def _see_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._seen.append(output if isinstance(output, Tensor) else output[0])
+
+
+def to_cells(rows: Tensor, layout: Any) -> tuple[Tensor, Tensor]:
+    """Rows [T, ...] of a packed batch as cells [B, L, ...] (padding cells repeat a row) and lengths [B]."""
+    if hasattr(layout, "pad_index"):  # a graph that is being exported is given the index
+        index, lengths = layout.pad_index, layout.lengths
+    else:
+        lengths = torch.as_tensor(layout.lengths, device=rows.device)
+        at = torch.arange(int(max(layout.lengths)), device=rows.device)
+        index = torch.where(at[None] < lengths[:, None], layout.starts[:, None] + at[None], 0)
+    cells = rows.index_select(0, index.flatten())
+    return cells.view(*index.shape, *rows.shape[1:]), lengths
+
+
+def inside_of(cells: Tensor, lengths: Tensor) -> Tensor:
+    """Which cells [B, L, ...] hold a token, [B, L] bool."""
+    return torch.arange(cells.shape[1], device=cells.device)[None] < lengths[:, None]
+
+
+def _layer_list(backbone: Any) -> tuple[nn.Module, str, nn.ModuleList] | None:
+    depth = getattr(backbone.config, "num_hidden_layers", None)
+    for owner in backbone.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth and hasattr(child[-1], "forward"):
+                return owner, name, child
+    return None
+
+
+def load_backbone(folder: Path) -> Any:
+    """The bare encoder in fp32. Raises ModelError."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    from regraft.engine.pretrained import explain
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(folder, dtype="float32")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(explain(str(folder), error)) from None
+    return model.requires_grad_(False).eval()
+
+
+def running_encoder(model: GraftedEncoder, pad_token_id: int, *, packing: str, kernels: str) -> RunningModel:
+    """The encoder set up to run packed where it can, with the fast forwards bound."""
+    from regraft.engine.models import RunningModel
+
+    running = RunningModel(model, pad_token_id=pad_token_id)
+    running.to("cuda" if torch.cuda.is_available() else "cpu")
+    running.eval()
+    if packing == "auto":
+        running.run_packed()
+    if kernels == "auto":
+        running.use_kernels()
+    return running

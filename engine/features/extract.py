@@ -1,0 +1,227 @@
+"""The pass over the data: rows that the store lacks go through the encoder, packed, and are written shard by shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regraft.engine.config import RunConfig
+from regraft.engine.data.fast_tokenizer import FastTokenizer
+from regraft.engine.data.rows import Rows
+from regraft.engine.errors import StoreError
+from regraft.engine.features.rows import FeatureRows
+from regraft.engine.features.shard import write_shard
+from regraft.engine.features.spec import FeatureSpec, feature_spec, model_folder
+from regraft.engine.features.store import FeatureStore, row_keys, store_root
+from regraft.engine.progress import ProgressBar
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 10.0  # a kill costs at most about this much work
+FIRST_WINDOW = 256  # rows; later ones are as large as the rate and the limits above allow
+CPU_TOKENS, GPU_TOKENS = 4096, 65_536  # of one forward pass
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who shares the work: `wait` returns when every process has reached it."""
+
+    rank: int = 0
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+
+
+def processes() -> Processes:
+    """The processes that torchrun or accelerate started; this one alone without them."""
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    import torch
+    from accelerate import PartialState
+
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    state = PartialState(cpu=wants_cpu or not torch.cuda.is_available())
+    return Processes(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def features_of(config: RunConfig, splits: dict[str, Rows], say: Say, *, shown: bool = True) -> dict[str, FeatureRows]:
+    """Features of every split: what the store has is read, what it lacks is computed first, each text once.
+
+    Raises StoreError; every shard finished before it is kept.
+    """
+    spec, tokenizer = feature_spec(config)
+    store = FeatureStore(store_root(config.features.store), spec)
+    keys = {name: row_keys(rows) for name, rows in splits.items()}
+    everyone = processes()
+    whole = np.concatenate(list(keys.values()))
+    lacking = len(store.missing(whole))
+    if lacking or everyone.count > 1:
+        with ExitStack() as held:
+            if everyone.rank == 0:
+                held.enter_context(store.locked(say))
+            everyone.wait()
+            store.refresh()
+            missing = store.missing(whole)
+            everyone.wait()  # every process has seen the same rows missing before the first one writes
+            mine = np.array_split(missing, everyone.count)[everyone.rank]
+            _compute(config, spec, tokenizer, store, _joined(list(splits.values())), whole, mine, everyone, say, shown)
+            everyone.wait()
+        store.refresh()
+    found = {name: FeatureRows(store, store.find(k)) for name, k in keys.items()}
+    for name, rows in found.items():
+        if (rows.where[:, 0] < 0).any():
+            raise StoreError(
+                f"{store.folder}: rows of {name} were deleted while they were read, as by a disk limit below what one "
+                "data set needs; raise features.limit_gb and start again"
+            )
+    used = sorted({n for rows in found.values() for n in rows.shards})
+    if everyone.rank == 0:
+        store.used(used)
+        say(
+            f"features: {len(whole) - lacking:,} of {len(whole):,} rows were there, {lacking:,} distinct texts computed; "
+            f"layers {', '.join(map(str, spec.layers))}, {spec.pooling}, {spec.precision}: {store.folder}"
+        )
+        if config.features.limit_gb is not None:
+            from regraft.engine.features.keep import prune
+
+            kept = {store.shards[n].path for n in used}
+            prune(store_root(config.features.store), int(config.features.limit_gb * 1e9), keep=kept)
+    return found
+
+
+def _joined(splits: list[Rows]) -> tuple[list[str], list[str] | None]:
+    texts = [text for rows in splits for text in rows.texts]
+    if splits[0].pairs is None:
+        return texts, None
+    return texts, [pair for rows in splits for pair in rows.pairs or ()]
+
+
+def _compute(
+    config: RunConfig,
+    spec: FeatureSpec,
+    tokenizer: FastTokenizer,
+    store: FeatureStore,
+    texts: tuple[list[str], list[str] | None],
+    keys: np.ndarray,
+    mine: np.ndarray,
+    everyone: Processes,
+    say: Say,
+    shown: bool,
+) -> None:
+    if not len(mine):
+        return
+    encoder = Encoder(config, spec, tokenizer)
+    if everyone.rank == 0 and not encoder.running.packed:
+        say(f"padded: {encoder.running.reason}")
+    rate = Rate()
+    with ProgressBar("features", len(mine), shown=shown and everyone.rank == 0) as bar:
+        for rows in _windows(mine, spec, rate):
+            began = time.perf_counter()
+            lengths, features = encoder(
+                [texts[0][r] for r in rows], None if texts[1] is None else [texts[1][r] for r in rows]
+            )
+            try:
+                pooled = spec.pooling != "none"
+                write_shard(store.folder, keys[rows], lengths, features, precision=spec.precision, pooled=pooled)
+            except OSError as error:
+                raise _not_written(store, error) from error
+            rate.add(len(rows), int(lengths.sum()), time.perf_counter() - began)
+            bar.advance(len(rows), rows_per_second=f"{rate.rows:,.0f}", tokens_per_second=f"{rate.tokens:,.0f}")
+
+
+def _not_written(store: FeatureStore, error: OSError) -> StoreError:
+    from regraft.engine.training.folder import disk_is_full
+
+    if disk_is_full(error):
+        return StoreError(
+            f"{store.folder}: the disk is full. Finished shards are kept; free some space, with `regraft features prune "
+            "--to 2` for one, and start the same command again to go on"
+        )
+    return StoreError(f"{store.folder}: cannot be written: {error}. Finished shards are kept")
+
+
+class Rate:
+    """Rows and tokens a second so far, and rows and tokens of the last window."""
+
+    def __init__(self) -> None:
+        self.done_rows = self.done_tokens = self.last_rows = self.last_tokens = 0
+        self.seconds = self.last_seconds = 0.0
+
+    def add(self, rows: int, tokens: int, seconds: float) -> None:
+        self.done_rows, self.done_tokens = self.done_rows + rows, self.done_tokens + tokens
+        self.last_rows, self.last_tokens, self.last_seconds = rows, tokens, seconds
+        self.seconds += seconds
+
+    @property
+    def rows(self) -> float:
+        return self.done_rows / max(self.seconds, 1e-9)
+
+    @property
+    def tokens(self) -> float:
+        return self.done_tokens / max(self.seconds, 1e-9)
+
+
+def _windows(rows: np.ndarray, spec: FeatureSpec, rate: Rate) -> Iterator[np.ndarray]:
+    """Rows of one shard after another: as many as take SHARD_SECONDS and SHARD_BYTES."""
+    start = 0
+    while start < len(rows):
+        count = FIRST_WINDOW
+        if rate.last_rows:
+            a_row = 1 if spec.pooling != "none" else rate.done_tokens / rate.done_rows
+            by_bytes = SHARD_BYTES / (spec.bytes_a_row * a_row)
+            by_time = rate.last_rows * SHARD_SECONDS / max(rate.last_seconds, 1e-6)
+            count = int(max(16, min(by_bytes, by_time)))
+        yield rows[start : start + count]
+        start += count
+
+
+class Encoder:
+    """The encoder of a run, ready to give features. Raises ModelError."""
+
+    def __init__(self, config: RunConfig, spec: FeatureSpec, tokenizer: FastTokenizer) -> None:
+        import torch
+
+        from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
+        from regraft.engine.training.setup import set_threads
+
+        set_threads(config)
+        self.spec, self.tokenizer = spec, tokenizer
+        grafted = GraftedEncoder(
+            load_backbone(model_folder(config)), spec.layers, spec.pooling, normalise=spec.normalise
+        )
+        self.running = running_encoder(
+            grafted, tokenizer.pad_token_id, packing=config.model.packing, kernels=config.model.kernels
+        )
+        if spec.compute != "fp32":
+            self.running.to({"bf16": torch.bfloat16, "fp16": torch.float16}[spec.compute])
+
+    def __call__(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, torch.Tensor]:
+        """Token counts [N] and features: [N, J, H], or [T, J, H] of all tokens in the order of the texts."""
+        import torch
+
+        from regraft.engine.batches import by_length, collate
+        from regraft.engine.data.tokens import encode
+
+        tokens = encode(texts, pairs, self.tokenizer, self.spec.max_length)
+        pooled = self.spec.pooling != "none"
+        device: Any = next(self.running.parameters()).device
+        rows = len(texts) if pooled else len(tokens.ids)
+        features = torch.empty(rows, len(self.spec.layers), self.spec.hidden)
+        with torch.inference_mode():
+            for batch in by_length(tokens.lengths, GPU_TOKENS if device.type == "cuda" else CPU_TOKENS):
+                found = self.running(collate(tokens, batch).to(device)).cpu().unflatten(1, features.shape[1:])
+                if pooled:
+                    features[torch.from_numpy(batch)] = found
+                    continue
+                at = np.concatenate([np.arange(tokens.offsets[r], tokens.offsets[r + 1]) for r in batch])
+                features[torch.from_numpy(at)] = found
+        return tokens.lengths, features

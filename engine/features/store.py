@@ -1,0 +1,142 @@
+"""A folder of shards that all hold the same kind of features, each row addressed by its text.
+
+STORE/<key>/store.json           the FeatureSpec, for people and for `regraft features list`
+STORE/<key>/<name>.safetensors   finished shards (shard.py)
+STORE/<key>/lock                 held while rows are added
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from regraft.engine.data.cache import cache_folder
+from regraft.engine.data.rows import Rows
+from regraft.engine.errors import StoreError
+from regraft.engine.features.shard import FORMAT, Shard, open_shard, touch
+from regraft.engine.features.spec import FeatureSpec
+from regraft.engine.files import remove_leftovers, write_text
+
+KEY_BYTES = 16
+
+
+def store_root(configured: str | None) -> Path:
+    return Path(configured).expanduser() if configured else cache_folder() / "features"
+
+
+def row_keys(rows: Rows) -> np.ndarray:
+    """What identifies each row's text and pair, [N, 16] uint8."""
+    blake, joined = hashlib.blake2b, []
+    if rows.pairs is None:
+        for text in rows.texts:
+            joined.append(blake(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES).digest())
+    else:
+        for text, pair in zip(rows.texts, rows.pairs, strict=True):
+            # The length in front: no two pairs give the same bytes.
+            content = f"{len(text)}\0{text}{pair}".encode("utf-8", "surrogatepass")
+            joined.append(blake(content, digest_size=KEY_BYTES, person=b"pair").digest())
+    return np.frombuffer(b"".join(joined), dtype=np.uint8).reshape(-1, KEY_BYTES)
+
+
+class FeatureStore:
+    """The shards of one spec. `find` tells where rows are; `locked` is held while some are added.
+
+    Raises StoreError for a store of another version and for a shard whose header or size is wrong.
+    """
+
+    def __init__(self, root: Path, spec: FeatureSpec) -> None:
+        self.spec = spec
+        self.folder = root / spec.key
+        self.shards: list[Shard] = []
+        self._sorted = np.zeros((0, 2), dtype=np.uint64)
+        self._where = np.zeros((0, 2), dtype=np.int64)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read which shards there are now."""
+        check_format(self.folder)
+        known = {shard.path: shard for shard in self.shards}
+        self.shards = []
+        for path in sorted(self.folder.glob("[!.]*.safetensors")):
+            try:
+                self.shards.append(known.get(path) or open_shard(path))
+            except FileNotFoundError:  # deleted meanwhile, to keep to a disk limit
+                continue
+        if not self.shards:
+            return
+        halves = np.concatenate([np.ascontiguousarray(s.array("keys")).view("<u8") for s in self.shards])
+        owner = np.repeat(np.arange(len(self.shards)), [len(s) for s in self.shards])
+        row = np.concatenate([np.arange(len(s)) for s in self.shards])
+        order = np.argsort(halves[:, 0], kind="stable")
+        self._sorted, self._where = halves[order], np.stack([owner, row], axis=1)[order]
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """(shard, row in it) of each key, [N, 2] int64; -1 where it is not there."""
+        wanted = np.ascontiguousarray(keys).view("<u8")
+        found = np.full((len(wanted), 2), -1, dtype=np.int64)
+        if len(self._sorted):
+            at = np.minimum(np.searchsorted(self._sorted[:, 0], wanted[:, 0]), len(self._sorted) - 1)
+            here = (self._sorted[at] == wanted).all(axis=1)
+            found[here] = self._where[at[here]]
+        return found
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Indices into `keys` of the rows to compute, each text once, in order."""
+        absent = np.flatnonzero(self.find(keys)[:, 0] < 0)
+        if not len(absent):
+            return absent
+        _, first = np.unique(np.ascontiguousarray(keys[absent]).view("<u8"), axis=0, return_index=True)
+        return absent[np.sort(first)]
+
+    @contextmanager
+    def locked(self, say: Callable[[str], None]) -> Iterator[None]:
+        """Hold the store for adding rows; another process that wants to waits. A kill lets go of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                say(f"features: process {file.read().strip() or '?'} is computing them; waiting")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+            remove_leftovers(self.folder)
+            if not (self.folder / "store.json").is_file():
+                content = {"format": FORMAT, **asdict(self.spec)}
+                write_text(self.folder / "store.json", json.dumps(content, indent=2) + "\n")
+            self.refresh()
+            yield
+
+    def used(self, shards: Sequence[int]) -> None:
+        """Put these shards at the end of the queue for deletion."""
+        for number in shards:
+            touch(self.shards[number].path)
+
+
+def check_format(folder: Path) -> None:
+    """Raises StoreError for a store that another version wrote."""
+    about = folder / "store.json"
+    if not about.is_file():
+        return
+    try:
+        found = json.loads(about.read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError) as error:
+        raise StoreError(
+            f"{about}: cannot be read ({error}); remove the store with `regraft features prune --store {folder.name}`"
+        ) from None
+    if found != FORMAT:
+        raise StoreError(
+            f"{folder}: written by another version of Regraft (format {found}; this one reads {FORMAT}). Use that "
+            f"version, or remove it with `regraft features prune --store {folder.name}` and compute it again"
+        )

@@ -1,0 +1,59 @@
+"""Several layers as one vector: the scalar mix of Peters et al. 2018, or all of them side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ScalarMix(nn.Module):
+    """gamma * sum_j softmax(w)_j h_j, each h_j layer-normalised first if `layer_norm`. Shape: [..., J, H] -> [..., H].
+
+    `penalty` is lambda of ELMo's regulariser lambda * |w|^2, which pulls the weights of all layers together.
+    """
+
+    def __init__(self, layers: int, *, layer_norm: bool = False, penalty: float = 0.0) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(layers))
+        self.gamma = nn.Parameter(torch.ones(()))
+        self.layer_norm, self.penalty = layer_norm, penalty
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.layer_norm:
+            hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:])
+        return self.gamma * torch.einsum("...jh,j->...h", hidden, torch.softmax(self.weights, dim=0))
+
+    def shares(self) -> list[float]:
+        """Weight of each layer after the softmax."""
+        return torch.softmax(self.weights.detach().double(), dim=0).tolist()
+
+
+class Concatenation(nn.Module):
+    """All layers side by side; one layer as it is. Shape: [..., J, H] -> [..., J * H]."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden.flatten(-2)
+
+
+class Standardise(nn.Module):
+    """(x - mean) / std by the training rows' figures, so that one learning rate suits every encoder and layer.
+
+    Shape: [..., J, H] -> the same.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, layers: int, hidden: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(layers, hidden))
+        self.register_buffer("scale", torch.ones(layers, hidden))
+
+    def fit(self, rows: Tensor) -> None:
+        """Take the figures of rows [N, J, H]."""
+        self.mean.copy_(rows.mean(dim=0))
+        spread = rows.std(dim=0, correction=0)
+        self.scale.copy_(torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-6), 1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) * self.scale

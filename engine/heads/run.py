@@ -1,0 +1,192 @@
+"""`method: frozen`: the recipe of training over stored features instead of texts. Loop, resume and report are the same."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from regraft.engine.config import TrainingConfig
+from regraft.engine.data.rows import Rows
+from regraft.engine.features.extract import features_of
+from regraft.engine.features.rows import FeatureRows
+from regraft.engine.features.spec import feature_spec, model_folder
+from regraft.engine.heads.adamw import FusedAdamW
+from regraft.engine.heads.fitted import describe, fit
+from regraft.engine.heads.head import FITTED, ON_THE_SPHERE, Head, build_head
+from regraft.engine.heads.local import LocalProcess
+from regraft.engine.heads.model import load_head, save_grafted, save_head
+from regraft.engine.heads.order import RANDOM_BELOW
+from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan, examples_of
+from regraft.engine.training.optimizer import AveragedWeights, build_optimizer, parameter_groups
+from regraft.engine.training.order import Plan
+from regraft.engine.training.run import StepInfo, _Run
+from regraft.engine.training.setup import Prepared, set_threads
+from regraft.engine.training.splits import read_splits
+
+STANDARDISED_ON = 4096  # rows
+CELLS = 65_536  # tokens of one micro-batch of token features
+
+
+class FrozenRun(_Run):
+    """One run of a head. transformers is not imported unless rows lack features."""
+
+    def prepare(self) -> None:
+        config = self.config
+        self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
+        task, parts = read_splits(config)
+        rows = {name: part[0] for name, part in parts.items()}
+        if config.head.type == "zeroshot":
+            texts = [config.head.descriptions.get(label, label.replace("_", " ")) for label in task.labels]
+            rows["labels"] = Rows("labels", "head.descriptions", texts, None, np.arange(len(texts)))
+        found = features_of(config, rows, self.say, shown=self.speaks)
+        self.descriptions = found.pop("labels", None)
+        self.spec, tokenizer = feature_spec(config)
+        notes = {
+            name: {
+                "path": part[0].path,
+                "rows": len(part[0]),
+                "dropped": dict(part[0].dropped),
+                "tokens": int(found[name].lengths.sum()),
+                "labels": task.label_counts(part[1]),
+            }
+            for name, part in parts.items()
+        }
+        splits = {name: examples_of(task, part[0], found[name], part[1]) for name, part in parts.items()}
+        self.data = Prepared(task, tokenizer, self.spec.max_length, splits, notes)
+        self.threads = set_threads(config)
+        if config.training.threads is None and not config.head.reads_tokens:
+            torch.set_num_threads(1)  # 32 rows of a few hundred numbers: sharing them out costs more than it brings
+        self.precision = "fp32"
+
+    def build(self) -> None:
+        training, train = self.config.training, self.data.splits["train"]
+        features: FeatureRows = train.store  # type: ignore[assignment]
+        self.accelerator = accelerator_for(self.config)
+        torch.manual_seed(training.seed)
+        head = build_head(self.config.head, len(self.spec.layers), self.spec.hidden, self.data.task.outputs)
+        self.fitted = self.config.head.type in FITTED
+        head.start_at(self.data.task.scale)
+        self.fit_scale(head, features)
+        self.head = head
+        self.running = FeatureHead(head).to(self.accelerator.device)  # type: ignore[assignment]
+        limit = 1 if self.fitted else training.max_steps
+        self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, limit)
+        if features.bytes > RANDOM_BELOW:
+            self.plan = block_plan(self.plan, features)
+        self.optimizer = head_optimizer(head, training)
+        self.parameters = list(head.parameters())
+        self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema and not self.fitted else None
+        self.stepper = HeadStepper(
+            accelerator=self.accelerator,
+            model=self.accelerator.prepare_model(self.running),
+            optimizer=self.optimizer,
+            parameters=self.parameters,
+            task=self.data.task,
+            examples=train,
+            seed=training.seed,
+            token_budget=CELLS if head.reads_tokens else 1 << 40,
+            max_grad_norm=training.max_grad_norm,
+            mix=head.mix,
+        )
+        count = sum(p.numel() for p in self.parameters)
+        how = "solved at once" if self.fitted else f"{self.plan.total_steps:,} steps of {training.batch_size}"
+        self.say(f"{self.config.head.type} head on {self.config.model.name}: {count:,} parameters, {how}")
+
+    def fit_scale(self, head: Head, features: FeatureRows) -> None:
+        """Set the head's standardisation from some training rows; directions are compared as they are."""
+        if head.kind in ON_THE_SPHERE:
+            return
+        draw = np.random.Generator(np.random.Philox(key=[self.config.training.seed, 1 << 40]))
+        some = np.arange(len(features))
+        if len(some) > STANDARDISED_ON:
+            some = np.sort(draw.choice(len(some), STANDARDISED_ON, replace=False))
+        if head.reads_tokens:
+            some = some[: max(1, int(STANDARDISED_ON * 16 / max(1.0, float(features.lengths.mean()))))]
+        head.standardise.fit(features.batch(some).features)
+
+    def take_step(self) -> None:
+        if self.fitted:
+            self.solve()
+        else:
+            super().take_step()
+
+    def solve(self) -> None:
+        """The one step of a head that is solved: over all rows at once."""
+        began = time.perf_counter()
+        train, task = self.data.splits["train"], self.data.task
+        rows = 0
+        if self.descriptions is not None:
+            describe(self.head, self.descriptions.whole())
+        else:
+            rows = len(train.rows)
+            features = train.store.whole()  # type: ignore[attr-defined]
+            fit(self.head, features, np.asarray(train.targets), train.weights, task, self.config.head)
+        self.state.step += 1
+        self.state.tokens += int(train.store.lengths.sum()) if rows else 0
+        seconds = time.perf_counter() - began
+        self.state.seconds = self.seconds_before + seconds
+        self.log_step(StepInfo(0, self.state.tokens, seconds, float("nan") if not rows else 0.0), 0.0)
+
+    def log_step(self, info: StepInfo, norm: float) -> None:
+        if not self.fitted:
+            super().log_step(info, norm)
+        elif self.history:
+            self.history.add({"kind": "fitted", "head": self.config.head.type, "seconds": round(info.seconds, 3)})
+
+    def save_best(self) -> None:
+        if self.accelerator.is_main_process:
+            save_head(self.folder / "best-head.safetensors", self.head)
+
+    def load_best(self) -> None:
+        file = self.folder / "best-head.safetensors"
+        self.head.load_state_dict(load_head(file, self.head.shape.spec()).state_dict())
+        if self.accelerator.is_main_process:
+            save_grafted(self.folder / "best", model_folder(self.config), file, self.facts())
+        self.accelerator.wait_for_everyone()
+
+    def facts(self) -> dict[str, Any]:
+        """What regraft.json says of this model."""
+        spec = self.spec
+        return {
+            "task": self.data.task.spec(),
+            "max_length": spec.max_length,
+            "data": self.config.data.model_dump(mode="json"),
+            "base_model": self.config.model.name,
+            "method": self.config.method,
+            "seed": self.config.training.seed,
+            "head": self.head.shape.spec(),
+            "features": {"layers": list(spec.layers), "pooling": spec.pooling, "normalise": spec.normalise},
+        }
+
+    def findings(self) -> dict[str, Any]:
+        mix = self.head.mix
+        if mix is None:
+            return {}
+        shares = [{"layer": n, "weight": w} for n, w in zip(self.spec.layers, mix.shares(), strict=True)]
+        return {"layer_weights": {"gamma": float(mix.gamma.detach()), "layers": shares}}
+
+
+def head_optimizer(head: torch.nn.Module, training: TrainingConfig) -> Any:
+    """The configured optimizer; plain AdamW without torch.optim."""
+    if training.optimizer != "adamw":
+        return build_optimizer(head, training)
+    return FusedAdamW(parameter_groups(head, training), betas=training.betas, eps=training.epsilon)
+
+
+def accelerator_for(config: Any) -> Any:
+    """accelerate's Accelerator where there are processes or trackers to serve, else what stands in for it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not config.trackers:
+        return LocalProcess()
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    folder = config.run
+    return Accelerator(
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),  # noqa: PTH118
+        step_scheduler_with_optimizer=False,
+    )

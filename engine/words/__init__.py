@@ -1,0 +1,1 @@
+"""Before pretrained encoders: static word vectors, and embeddings learned from nothing."""

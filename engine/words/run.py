@@ -1,0 +1,154 @@
+"""`method: vectors` and `method: scratch`: the main job's loop over word ids, without any pretrained encoder."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import torch
+
+from regraft.engine.data.tokens import tokenize
+from regraft.engine.examples import Examples
+from regraft.engine.heads.head import build_head
+from regraft.engine.heads.run import accelerator_for
+from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
+from regraft.engine.training.order import Plan
+from regraft.engine.training.run import _Run
+from regraft.engine.training.setup import Prepared, set_threads
+from regraft.engine.training.splits import read_splits
+from regraft.engine.training.step import Stepper
+from regraft.engine.words.model import running_words, save_words, word_model
+from regraft.engine.words.tokens import SPECIAL, UNKNOWN, choose_unit, count_words, word_tokenizer
+from regraft.engine.words.vectors import WordVectors, read_vectors
+
+MOST_TOKENS = 512
+TOKEN_BUDGET = 16_384
+SHOWN = 8  # unknown words
+
+
+class WordsRun(_Run):
+    """One run of a network over word vectors, or over an embedding learned from nothing."""
+
+    def prepare(self) -> None:
+        config = self.config
+        self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
+        self.threads, self.precision = set_threads(config), "fp32"
+        task, parts = read_splits(config)
+        texts = [*parts["train"][0].texts, *(parts["train"][0].pairs or ())]
+        words = self.choose_words(texts)
+        tokenizer = word_tokenizer(words, self.unit, self.lowercase)
+        limit = config.model.max_length or MOST_TOKENS
+        splits, notes = {}, {}
+        for name, (rows, targets) in parts.items():
+            store = tokenize(rows, tokenizer, limit)
+            tokens, unknown = int(store.lengths.sum()), int((store.ids == UNKNOWN).sum())
+            splits[name] = Examples(rows, store, targets, task.weights(targets))
+            notes[name] = {
+                "path": rows.path,
+                "rows": len(rows),
+                "dropped": dict(rows.dropped),
+                "truncated_rows": store.truncated,
+                "tokens": tokens,
+                "unknown_tokens": unknown,
+                "labels": task.label_counts(targets),
+            }
+            self.say(f"{name:5} {len(rows):,} rows, {tokens:,} {self.unit}s, {unknown / max(1, tokens):.1%} unknown")
+        self.data = Prepared(task, tokenizer, limit, splits, notes)
+
+    def choose_words(self, texts: list[str]) -> list[str]:
+        """The vocabulary, and `self.table` of its vectors where there is a file of them; tells what is unknown."""
+        words = self.config.words
+        self.vectors: WordVectors | None = None
+        if self.config.method == "scratch":
+            self.unit = choose_unit(texts) if words.unit == "auto" else words.unit
+            self.lowercase = True
+            counts = count_words(texts, self.unit, self.lowercase)
+            return [w for w, n in counts.most_common(words.max_words) if n >= words.min_count and w not in SPECIAL]
+        assert words.vectors is not None
+        found = read_vectors(words.vectors, vocabulary=words.vocabulary)
+        self.unit = choose_unit(texts, found.words) if words.unit == "auto" else words.unit
+        self.lowercase = not any(w != w.lower() for w in found.words[:20_000])
+        counts = count_words(texts, self.unit, self.lowercase)
+        kept = [i for i, w in enumerate(found.words) if (i < words.max_words or w in counts) and w not in SPECIAL]
+        self.vectors = WordVectors([found.words[i] for i in kept], found.table[kept])
+        self.tell_unknown(counts, set(self.vectors.words))
+        return self.vectors.words
+
+    def tell_unknown(self, counts: Counter[str], known: set[str]) -> None:
+        unknown = Counter({w: n for w, n in counts.items() if w not in known})
+        share = sum(unknown.values()) / max(1, sum(counts.values()))
+        examples = ", ".join(w for w, _ in unknown.most_common(SHOWN))
+        assert self.vectors is not None
+        self.say(
+            f"{self.config.words.vectors}: {len(known):,} words of {self.vectors.dimension} numbers; {len(unknown):,} of "
+            f"{len(counts):,} distinct training words are not among them ({share:.1%} of all): {examples}"
+        )
+
+    def build(self) -> None:
+        config, training, train = self.config, self.config.training, self.data.splits["train"]
+        self.accelerator = accelerator_for(config)
+        torch.manual_seed(training.seed)
+        dimension = self.vectors.dimension if self.vectors else config.words.dimension
+        size = self.data.tokenizer.backend.get_vocab_size()
+        head = build_head(config.head, 1, dimension, self.data.task.outputs)
+        head.start_at(self.data.task.scale)
+        learned = config.words.trained or self.vectors is None
+        self.model = word_model(size, dimension, head, trained=learned)
+        self.fill(self.model.backbone.embedding.weight)
+        self.running = running_words(self.model)
+        self.running.to(self.accelerator.device)
+        self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, training.max_steps)
+        self.optimizer = build_optimizer(self.model, training)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
+        self.stepper = Stepper(
+            accelerator=self.accelerator,
+            model=self.accelerator.prepare_model(self.running),
+            optimizer=self.optimizer,
+            parameters=self.parameters,
+            task=self.data.task,
+            examples=train,
+            seed=training.seed,
+            token_budget=TOKEN_BUDGET if training.token_budget == "auto" else int(training.token_budget),
+            max_grad_norm=training.max_grad_norm,
+        )
+        trained = sum(p.numel() for p in self.parameters)
+        self.say(
+            f"{config.head.type} over {size:,} {self.unit}s of {dimension} numbers "
+            f"({'learned' if learned else 'frozen'}): {trained:,} parameters trained, {self.plan.total_steps:,} steps"
+        )
+        self.set_training_mode()
+
+    @torch.no_grad()
+    def fill(self, table: torch.Tensor) -> None:
+        """Vectors at their words, zeros for padding and start; an unknown word is the mean of all."""
+        if self.vectors is None:
+            table.mul_(0.1)
+            return
+        vectors = torch.from_numpy(self.vectors.table)
+        table.zero_()
+        table[len(SPECIAL) :] = vectors
+        table[UNKNOWN] = vectors.mean(dim=0)
+
+    def save_best(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        table = self.model.backbone.embedding.weight
+        facts = {
+            "task": self.data.task.spec(),
+            "max_length": self.data.max_length,
+            "data": self.config.data.model_dump(mode="json"),
+            "base_model": str(self.config.words.vectors or "nothing"),
+            "method": self.config.method,
+            "seed": self.config.training.seed,
+            "head": self.model.head.shape.spec(),  # type: ignore[union-attr, operator]
+            "words": {"words": table.shape[0], "dimension": table.shape[1], "unit": self.unit},
+        }
+        save_words(self.folder / "best", self.model, self.data.tokenizer, facts)
+
+    def load_best(self) -> None:
+        from safetensors.torch import load_file
+
+        from regraft.engine.words.model import WEIGHTS
+
+        self.model.load_state_dict(load_file(self.folder / "best" / WEIGHTS))

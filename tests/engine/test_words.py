@@ -1,0 +1,193 @@
+"""Word vectors from every format people have, words and characters as serving splits them, networks over them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import DATA, WORDS, sentences
+from regraft.engine.config import load_config
+from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.export import export_bundle
+from regraft.engine.predict import predict
+from regraft.engine.trained import load_trained
+from regraft.engine.training.run import train
+from regraft.engine.words.tokens import choose_unit, word_tokenizer
+from regraft.engine.words.vectors import read_vectors
+
+TABLE = np.random.default_rng(0).normal(size=(len(WORDS), 5)).astype(np.float32)
+
+
+def glove(path: Path) -> None:
+    path.write_text("".join(f"{w} {' '.join(map(repr, row.tolist()))}\n" for w, row in zip(WORDS, TABLE, strict=True)))
+
+
+def word2vec_text(path: Path) -> None:
+    glove(path)
+    path.write_text(f"{len(WORDS)} 5\n" + path.read_text())
+
+
+def word2vec_binary(path: Path) -> None:
+    rows = [w.encode() + b" " + struct.pack("<5f", *row) + b"\n" for w, row in zip(WORDS, TABLE, strict=True)]
+    path.write_bytes(f"{len(WORDS)} 5\n".encode() + b"".join(rows))
+
+
+def as_json(path: Path) -> None:
+    path.write_text(json.dumps({w: row.tolist() for w, row in zip(WORDS, TABLE, strict=True)}))
+
+
+def as_javascript(path: Path) -> None:
+    as_json(path)
+    path.write_text("var wordVecs = " + path.read_text()[:-1] + ",\n};\n")
+
+
+def as_npz(path: Path) -> None:
+    np.savez(path, embeddings=TABLE.astype(np.float64))
+    path.with_name("vocab.json").write_text(json.dumps({w: i for i, w in enumerate(WORDS)}))
+
+
+def as_npz_with_words(path: Path) -> None:
+    np.savez(path, vectors=TABLE, words=np.array(WORDS))
+
+
+FILES = {
+    "glove.txt": glove,
+    "w2v.txt": word2vec_text,
+    "wiki.vec": word2vec_text,
+    "w2v.bin": word2vec_binary,
+    "v.json": as_json,
+    "v.js": as_javascript,
+    "v.npz": as_npz,
+    "own.npz": as_npz_with_words,
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_the_same_vectors(tmp_path, name):
+    FILES[name](tmp_path / name)
+    found = read_vectors(tmp_path / name)
+    assert found.words == WORDS
+    assert np.allclose(found.table, TABLE, atol=1e-6)
+    few = read_vectors(tmp_path / name, most=2, wanted={"music"})
+    assert few.words == [*WORDS[:2], "music"]
+
+
+def test_a_gzipped_file_is_read_as_it_is(tmp_path):
+    glove(tmp_path / "g.txt")
+    (tmp_path / "g.txt.gz").write_bytes(gzip.compress((tmp_path / "g.txt").read_bytes()))
+    assert np.allclose(read_vectors(tmp_path / "g.txt.gz").table, TABLE, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.txt", "good 1 2 3\nbad 1 2\n", r"a.txt:2: expected a word and 3 numbers, found 2"),
+        ("a.txt", "good 1 2 3\nbad 1 x 3\n", r"a.txt:2: 'x' is not a number \(word 'bad'\)"),
+        ("a.vec", "2 3\ngood 1 2\n", r"a.vec:2: expected a word and 3 numbers"),
+        ("a.txt", "good 1 nan 3\n", r"the vector of 'good' holds a value that is not finite"),
+        ("a.bin", "good 1 2 3\n", r"not a word2vec .bin file"),
+        ("a.bin", "9 4\ngood abc", r"ends in word 1 of 9"),
+        ("a.json", '{"good": [1, 2], "bad": [1]}', r"word 'bad': expected 2 numbers, found 1"),
+        ("a.json", "[1, 2]", r"not a JSON object"),
+        ("a.txt", "", r"no word vectors in it"),
+    ],
+)
+def test_a_broken_file_is_refused_by_line_or_word(tmp_path, name, content, told):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=told):
+        read_vectors(tmp_path / name)
+
+
+def test_words_with_spaces_keep_them(tmp_path):
+    (tmp_path / "a.txt").write_text("good 1 2\n. . . 3 4\n")
+    assert read_vectors(tmp_path / "a.txt").words == ["good", ". . ."]
+
+
+def tokens(texts: list[str], words: list[str], unit: str) -> list[list[str]]:
+    tokenizer = word_tokenizer(words, unit, True)
+    return [e.tokens for e in tokenizer.backend.encode_batch(texts)]
+
+
+def test_texts_are_split_into_words_characters_and_longest_known_words():
+    assert tokens(["Good, BAD film"], ["good", "bad", ","], "word") == [["[START]", "good", ",", "bad", "[UNK]"]]
+    assert tokens(["很好 a"], ["很", "好"], "character") == [["[START]", "很", "好", "[UNK]"]]
+    known = ["北京", "北京大学", "大", "学", "生", "的", "京", "北"]
+    assert tokens(["北京大学生的碑北京"], known, "longest") == [["[START]", "北京大学", "生", "的", "[UNK]", "北京"]]
+    assert tokens([""], known, "longest") == [["[START]"]]
+    assert choose_unit(["酒店很好", "不错 ok"], ["很", "好"]) == "character"
+    assert choose_unit(["酒店很好"], ["酒店", "很"]) == "longest"
+    assert choose_unit(["a good film"], ["酒店"]) == "word"
+
+
+@pytest.fixture
+def words_run(make_config, write_rows, tmp_path, capsys):
+    data = {"train": str(write_rows("many.csv", 300, 7)), "dev": str(write_rows("other.csv", 100, 8))}
+    path = make_config(data=data, training={"precision": "fp32", "threads": 1, "batch_size": 16, "epochs": 6})
+
+    def run(*overrides: str, quiet: bool = True):
+        return train(
+            load_config(path, [f"run={tmp_path / 'r'}", "training.learning_rate=1e-2", *overrides]), quiet=quiet
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("head", ["bilstm", "linear"])
+def test_a_network_from_scratch_learns(words_run, head):
+    result = words_run("method=scratch", f"head.type={head}", "head.hidden=16", "words.dimension=12")
+    assert result.metrics["dev"]["accuracy"] > 0.75
+
+
+def test_a_word_model_exports_and_serves(words_run, tmp_path):
+    from regraft.serve.session import Session
+
+    result = words_run("method=scratch", "head.type=cnn", "head.hidden=16", "words.dimension=12")
+    export_bundle(result.folder, tmp_path / "bundle")
+    session = Session(tmp_path / "bundle", threads=1, warm_tokens=64)
+    texts = ["good film", "Bad, slow unheardof plot", "", *(t for t, _ in sentences(20, 3))]
+    served = session.decode(session.run(session.tokenize(texts)))
+    for a, b in zip(predict(load_trained(result.folder), [(t, None) for t in texts]), served, strict=True):
+        assert a.prediction.scores == pytest.approx(dict(b.scores), abs=1e-4)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_vectors_stay_as_they_are_unless_they_are_trained(words_run, tmp_path, capsys, learned):
+    from safetensors.torch import load_file
+
+    glove(tmp_path / "g.txt")
+    lines = (tmp_path / "g.txt").read_text().splitlines()
+    (tmp_path / "g.txt").write_text("\n".join(line for line in lines if not line.startswith("music ")) + "\n")
+    settings = ("method=vectors", f"words.vectors={tmp_path / 'g.txt'}", "head.type=cnn", "head.hidden=16")
+    result = words_run(*settings, f"words.trained={str(learned).lower()}", "training.epochs=1", quiet=False)
+    told = capsys.readouterr().err
+    assert "1 of 20 distinct training words are not among them" in told
+    assert "music" in told
+    table = load_file(result.folder / "best" / "words.safetensors")["backbone.embedding.weight"]
+    kept = [i for i, w in enumerate(WORDS) if w != "music"]
+    assert torch.equal(table[4:], torch.from_numpy(TABLE[kept])) != learned
+
+
+def test_missing_vectors_are_asked_for(make_config):
+    with pytest.raises(ConfigError, match=r"words.vectors: missing"):
+        load_config(make_config(method="vectors"))
+    with pytest.raises(ConfigError, match=r"head.type: logistic is solved on stored features"):
+        load_config(make_config(method="scratch", head={"type": "logistic"}))
+
+
+def test_the_real_files_are_read():
+    models = DATA.parent / "models"
+    if not models.is_dir():
+        pytest.skip(f"real word vectors are not here: {models}")
+    english = read_vectors(models / "glove-6B-50d-5k" / "glove-50d-5k.json")
+    assert english.table.shape[1] == 50
+    assert english.table[english.words.index("the")][:2] == pytest.approx([0.418, 0.24968])
+    chinese = read_vectors(models / "tencent-zh-char-200d" / "embedding_Tencent.npz")
+    assert chinese.dimension == 200
+    assert "好" in chinese.words
+    assert read_vectors(models / "word2vec-en-1000x300" / "wordvecs1000.js").table.shape == (1000, 300)

@@ -1,0 +1,118 @@
+"""NF4 weights against bitsandbytes' own dequantisation, in plain torch and in Triton; the layer against the plain one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from checking import DEVICE, both_forms, fresh, poisoned, same_bits_twice
+from regraft.kernels import nf4
+from regraft.kernels.choice import forced
+from regraft.kernels.nf4 import NF4Weight, dequantise, nf4_linear
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+def quantised(rows: int, columns: int, double: bool, blocksize: int = 64):
+    """A random weight as bitsandbytes stores it."""
+    data = fresh(rows, columns).cpu().float()
+    parameter = bitsandbytes.nn.Params4bit(
+        data, requires_grad=False, quant_type="nf4", compress_statistics=double, blocksize=blocksize
+    )
+    return parameter.to(DEVICE)
+
+
+def theirs(parameter, dtype: torch.dtype) -> torch.Tensor:
+    with torch.compiler.set_stance("force_eager"):  # it compiles itself for odd shapes, which takes half a minute
+        return bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state).to(dtype)
+
+
+@both_forms
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("rows, columns, blocksize", [(96, 384, 64), (300, 70, 64), (1, 3, 64), (5, 33, 128)])
+def test_it_is_what_bitsandbytes_makes_of_it(form, double, rows, columns, blocksize):
+    parameter = quantised(rows, columns, double, blocksize)
+    wanted = theirs(parameter, torch.float32)
+    with forced(form), poisoned():
+        found = dequantise(NF4Weight.of(parameter), torch.float32)
+        rounded = dequantise(NF4Weight.of(parameter), torch.bfloat16)
+    # one step of fp32: whether code2 * absmax2 + offset is fused is the machine's business
+    torch.testing.assert_close(found, wanted, rtol=3e-7, atol=1e-7)
+    assert torch.equal(rounded, found.bfloat16())
+
+
+def test_the_code_is_that_of_bitsandbytes():
+    assert torch.equal(torch.tensor(nf4.CODE), bitsandbytes.functional.get_4bit_type("nf4", device="cpu"))
+
+
+@both_forms
+def test_the_layer_and_its_gradient_are_those_of_the_dequantised_weight(form):
+    weight = NF4Weight.of(quantised(48, 96, double=True))
+    x, bias = fresh(2, 5, 96).float().requires_grad_(), fresh(48).float().requires_grad_()
+    twins = [t.detach().clone().requires_grad_() for t in (x, bias)]
+    with forced(form):
+        y = nf4_linear(x, weight, bias)
+        y.square().sum().backward()
+        plain = torch.nn.functional.linear(twins[0], dequantise(weight, torch.float32), twins[1])
+    plain.square().sum().backward()
+    torch.testing.assert_close(y, plain)
+    torch.testing.assert_close(x.grad, twins[0].grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.grad, twins[1].grad, rtol=1e-4, atol=1e-4)
+
+
+def test_it_does_not_keep_the_dequantised_weight_for_the_backward():
+    weight = NF4Weight.of(quantised(64, 64, double=False))
+    kept: list[int] = []
+    x = torch.ones(3, 64, device=DEVICE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel() * t.element_size()) or t, lambda t: t
+    ):
+        nf4_linear(x, weight)
+    assert max(kept) == 64 * 64 // 2
+
+
+@both_forms
+def test_no_rows_give_no_rows(form):
+    weight = NF4Weight.of(quantised(8, 16, double=False))
+    with forced(form):
+        assert nf4_linear(torch.zeros(0, 16, device=DEVICE), weight).shape == (0, 8)
+
+
+@both_forms
+def test_two_runs_give_the_same_bits(form):
+    weight = NF4Weight.of(quantised(33, 40, double=True))
+    same_bits_twice(lambda: [dequantise(weight)], form)
+
+
+def test_the_operators_are_registered_in_full_and_compile_into_one_graph():
+    weight = NF4Weight.of(quantised(8, 16, double=True))
+    x = fresh(4, 16).float().requires_grad_()
+    arguments = nf4._arguments(weight)
+    torch.library.opcheck(nf4._dequantise, (*arguments, torch.bfloat16))
+    torch.library.opcheck(nf4._linear, (x, *arguments))
+    compiled = torch.compile(lambda x: nf4_linear(x * 2, weight), fullgraph=True, backend="aot_eager")
+    compiled(x).sum().backward()
+    torch.testing.assert_close(compiled(x), nf4_linear(x * 2, weight))
+
+
+def test_what_it_does_not_take_is_refused_by_name():
+    good = NF4Weight.of(quantised(8, 16, double=True))
+    with pytest.raises(ValueError, match=r"packed: shape is \[63\], expected \[64\]"):
+        replace(good, packed=good.packed[:63])
+    with pytest.raises(TypeError, match="absmax: dtype is uint8, expected float32"):
+        replace(good, absmax2=None)
+    with pytest.raises(ValueError, match="code2, offset: are missing"):
+        replace(good, offset=None)
+    with pytest.raises(ValueError, match="blocksize: is 3"):
+        replace(good, blocksize=3)
+    with pytest.raises(ValueError, match=r"x: shape is \[2, 15\], expected \[any, 16\]"):
+        nf4_linear(torch.zeros(2, 15, device=DEVICE), good)
+    with pytest.raises(TypeError, match=r"dtype: is torch\.float64"):
+        dequantise(good, torch.float64)
+    with pytest.raises(ValueError, match="is not quantised yet"):
+        NF4Weight.of(torch.zeros(2, 2))
+    other = bitsandbytes.nn.Params4bit(torch.randn(8, 16), requires_grad=False, quant_type="fp4").to(DEVICE)
+    with pytest.raises(ValueError, match="quantised as fp4, expected nf4"):
+        NF4Weight.of(other)
