@@ -41,10 +41,14 @@ def step_lines(result: dict[str, Any]) -> list[str]:
     for name, case in result["cases"].items():
         ours = next((run for run in case["runs"] if run["who"] == "regraft"), None)
         if ours is None:
-            lines.append(f"{name:36} failed or left out: {case['settings'].get('failed', {}).get('regraft', '')[-120:]}")
+            lines.append(
+                f"{name:36} failed or left out: {case['settings'].get('failed', {}).get('regraft', '')[-120:]}"
+            )
             continue
         share = ours["details"].get("matrix_share") or 0.0
-        ratios = ", ".join(f"{case['ratios'][who]:.2f}x" for who in ("trainer", "trainer-best") if who in case["ratios"])
+        ratios = ", ".join(
+            f"{case['ratios'][who]:.2f}x" for who in ("trainer", "trainer-best") if who in case["ratios"]
+        )
         lines.append(f"{name:36}{ours['value']:12,.0f}{share:9.0%}  {ratios}")
     return lines
 
