@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import sentences
-from regraft.engine.config import HeadConfig, load_config
+from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError
 from regraft.engine.export import export_bundle
 from regraft.engine.features.rows import FeatureBatch
 from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions
 from regraft.engine.heads.combine import ScalarMix
 from regraft.engine.heads.head import build_head
+from regraft.engine.heads.settings import HeadConfig
 from regraft.engine.predict import predict
 from regraft.engine.trained import load_trained
 from regraft.engine.training.run import train
