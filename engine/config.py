@@ -45,16 +45,19 @@ class ModelConfig(Section):
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
-TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering")
+TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm", "choice", "ordinal")
 # Keys of `task` that only some types read.
 USED_BY = {
     "tags": ("tagging",),
     "crf": ("tagging",),
     "alignment": ("tagging",),
-    "stride": ("tagging", "answering"),
+    "stride": ("tagging", "answering", "mlm", "choice", "ordinal"),
     "max_answer": ("answering",),
     "n_best": ("answering",),
     "normalise": ("answering",),
+    "mask_share": ("mlm",),
+    "masking": ("mlm",),
+    "sentences": ("mlm",),
     "options": ("MODULE:CLASS",),
 }
 
@@ -79,6 +82,11 @@ class TaskConfig(Section):
     n_best: int = Field(5, ge=1, description="answering: how many candidates an answer lists")
     normalise: Literal["auto", "english", "chinese"] = Field(
         "auto", description="answering: how answers are compared: as SQuAD does, or as CMRC 2018"
+    )
+    mask_share: float = Field(0.15, gt=0, lt=1, description="mlm: share of tokens that are hidden")
+    masking: Literal["token", "word", "span"] = Field("word", description="mlm: what is hidden together")
+    sentences: Literal["none", "nsp", "order"] = Field(
+        "none", description="mlm: nsp: does the second part follow; order: which part comes first"
     )
     options: dict[str, Any] = Field({}, description="what a task of your own takes")
     metric: str | None = Field(None, description="what picks the best checkpoint; null: the task's own")
@@ -132,7 +140,7 @@ class DataConfig(Section):
     dev: str | None = Field(None, description="null: dev_fraction of the training rows, stratified and seeded")
     test: str | None = None
     dev_fraction: float = Field(0.1, gt=0, lt=1)
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "conllu"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "conllu", "text"] = "auto"
     tag_scheme: Literal["auto", "iob1", "iob2", "bioes", "none", "any"] = Field(
         "auto", description="tagging: how tags of words are spelled; any: read what can be read, refuse nothing"
     )

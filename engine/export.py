@@ -162,7 +162,9 @@ def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
             starts = np.cumsum([0, *map(len, batch)])[:-1]
             marks = np.concatenate([start + m for start, m in zip(starts, _grid_marks(batch), strict=True)])
             packed = pack(batch, marks=marks if running.reads == MARKED else None)
-            found.append((batch, running(packed.to(device)).float().cpu().numpy()))
+            logits = running(packed.to(device))
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            found.append((batch, logits.float().cpu().numpy()))
     return found
 
 
@@ -197,7 +199,7 @@ def compare_rows(trained: Trained, data_file: str | None) -> Comparison | None:
         if data_file is not None:
             raise
         return None
-    made, _ = trained.task.draw(made, np.arange(len(made.store)), (0, 0))
+    made, _ = trained.task.draw(made.ungrouped, np.arange(len(made.store)), (0, 0))
     outputs = run_all(trained.running, made)
     return Comparison(made, _metrics(trained, made, outputs), outputs)
 
@@ -256,7 +258,8 @@ def quantise_within(
     def error_of(kept: tuple[str, ...]) -> float:
         quantise(graph, trial, kept)
         outputs = _graph_outputs(graph_runner(open_graph(trial), info), comparison.examples, few)
-        errors = [np.abs(a - b).ravel() for a, b in zip(outputs, comparison.model_outputs[: len(few)], strict=True)]
+        expected = [x[0] if isinstance(x, tuple) else x for x in comparison.model_outputs[: len(few)]]
+        errors = [np.abs(a - b).ravel() for a, b in zip(outputs, expected, strict=True)]
         return float(np.concatenate(errors).mean())
 
     tried = []

@@ -57,7 +57,8 @@ def gradients(
             HAS_TAGS=tags is not None, BLOCK=block, ACC=accumulate(emissions.dtype), num_warps=_warps(block),
         )  # fmt: skip
     total = edges.sum(0)
-    return d_e, *(x.clone() for x in (total[:states], total[states], total[states + 1]))
+    # each of its own memory: results of an operator may not share it
+    return d_e, total[:states].clone(), total[states].clone(), total[states + 1].clone()
 
 
 def viterbi(

@@ -236,6 +236,7 @@ def _(
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, a, b, starts, scales, keep, drop_scale, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], x, weight, bias, a, keep, *b)
     ctx.starts, ctx.scales, ctx.drop_scale = list(starts), list(scales), drop_scale
     ctx.trains = [t is not None and t.requires_grad for t in (x, weight, bias)]

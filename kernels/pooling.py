@@ -140,6 +140,7 @@ def _(dy: Tensor, at: Tensor, cu_seqlens: Tensor, kind: int, rows: int) -> Tenso
 def _pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, cu_seqlens, kind = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], cu_seqlens)
     ctx.kind, ctx.rows = kind, x.shape[0]
 
@@ -197,6 +198,7 @@ def _(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def _normalise_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], output[1])
     ctx.eps = inputs[1]
 
