@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from regraft.engine.config import HeadConfig
 from regraft.engine.errors import DataError
 from regraft.engine.heads.head import Head
+from regraft.engine.heads.settings import HeadConfig
 from regraft.engine.tasks import Task
 
 COSINE_SCALE = 20.0  # logits = 20 * cosine: a soft-max over cosines alone would call everything undecided

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.config import HeadConfig
 from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions, Perceptron
 from regraft.engine.heads.combine import Concatenation, ScalarMix, Standardise
+from regraft.engine.heads.settings import HeadConfig
 
 FITTED = frozenset({"logistic", "svm", "centroid", "zeroshot"})  # solved at once, then linear
 ON_THE_SPHERE = frozenset({"centroid", "zeroshot"})  # compare directions

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from regraft.engine.config import WORD_METHODS, RunConfig, config_hash
+from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
+from regraft.engine.heads.settings import WORD_METHODS
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
