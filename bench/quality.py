@@ -138,9 +138,8 @@ def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> 
         **{key: value for key, value in asdict(RECIPES[name]).items() if key != "ema" or value is not None},
         "shared": [WEIGHT_DECAY, WARMUP],
         "precision": options.precision,
-        "peer": ["group_by_length"] if who != OURS else None,
         "rows": QUICK_ROWS if options.quick else None,
-    }
+    } | ({} if who == OURS else {"sampling": "group_by_length"})
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return WORK / "quality" / f"{name}-{who}-{seed}-{fingerprint}"
 
