@@ -19,7 +19,6 @@ from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
     LoraSettings,
-    PromptSettings,
     QuantiseSettings,
     UnfreezeSettings,
 )
@@ -227,8 +226,6 @@ class RunConfig(Section):
         "int8",
         "ia3",
         "adapter",
-        "prompt",
-        "prefix",
     ] = Field(
         "full",
         description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
@@ -237,7 +234,6 @@ class RunConfig(Section):
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
     adapter: AdapterSettings = AdapterSettings()
-    prompt: PromptSettings = PromptSettings()
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()

@@ -237,7 +237,9 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
-def _gradients(ctx: Any, g: Tensor, *_: Any) -> tuple:
+def _gradients(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+    if g is None:
+        return (None,) * 10
     scaled = [
         (made * g.to(made.dtype)).to(dtype) if wanted else None
         for made, wanted, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)

@@ -145,7 +145,9 @@ def _pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.kind, ctx.rows = kind, x.shape[0]
 
 
-def _pool_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple:
+def _pool_gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple:
+    if dy is None:
+        return None, None, None
     at, cu_seqlens = ctx.saved_tensors
     return _pool_backward(dy.contiguous(), at, cu_seqlens, ctx.kind, ctx.rows), None, None
 
@@ -203,7 +205,9 @@ def _normalise_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.eps = inputs[1]
 
 
-def _normalise_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple:
+def _normalise_gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple:
+    if dy is None:
+        return None, None
     return _normalise_backward(dy.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
 

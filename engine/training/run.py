@@ -103,6 +103,8 @@ class _Run:
             self.prepare()
             self.build()
         self.resume()
+        if self.state.step == 0:
+            self.stepper.rehearse(self.config.training.batch_size)
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
             while self.state.step < self.plan.total_steps and not self.state.stopped_early:
