@@ -115,17 +115,22 @@ def heads(options: argparse.Namespace) -> list[Run]:
     }
     runs = []
     accuracy = {}
+    store = WORK / "features" / "store"
     for precision in ("fp32", *STORAGE):
-        found = trained(base, {"method": "frozen", "features": {"precision": precision}}, {"epochs": 10}, options)
+        found = trained(
+            base,
+            {"method": "frozen", "features": {"precision": precision, "store": str(store)}},
+            {"epochs": 10},
+            options,
+        )
         accuracy[precision] = found["metrics"]["dev"]["accuracy"]
         if precision != "fp32":
             runs.append(
                 Run(f"points lost, {precision}", OURS, 0, 100 * (accuracy["fp32"] - accuracy[precision]), accuracy)
             )
-    store = WORK / "cache" / "features"
     runs.append(Run("int8, bytes a value", OURS, 0, bytes_a_value(store), {}))
     tune = trained(base, {"method": "full"}, {"max_steps": 60 if not options.quick else 6}, options, window=True)
-    epoch = trained(base, {"method": "frozen"}, {"epochs": 2}, options)
+    epoch = trained(base, {"method": "frozen", "features": {"store": str(store)}}, {"epochs": 2}, options)
     rows = tune["tokens"] / tune["seconds"]
     fine = epoch["tokens_an_epoch"] / rows
     runs.append(Run(EPOCH, OURS, 0, fine / epoch["epoch_seconds"], {"fine_tuning_epoch_seconds": fine, **epoch}))
