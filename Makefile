@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := env -u PYTHONPATH $(BIN)
 
-.PHONY: install demo test lint soak bench-quick plots clean
+.PHONY: install demo test lint soak bench-quick plots gpu-path test-gpu bench-gpu clean
 
 install: $(VENV)/.installed
 
@@ -34,6 +34,27 @@ soak: install
 
 bench-quick: install
 	for name in train_cpu onnx_cpu startup; do $(RUN)/python bench/$$name.py --quick || exit 1; done
+
+# On a GPU machine nothing is installed: torch, triton, transformers, accelerate, peft and pytest of $(PYTHON) do.
+GPU_PATH := build/gpu
+ON_GPU := PYTHONPATH=$(GPU_PATH) TRITON_INTERPRET=0 $(PYTHON)
+
+gpu-path:
+	mkdir -p $(GPU_PATH)/regraft
+	for part in engine kernels serve; do ln -sfn ../../../$$part $(GPU_PATH)/regraft/$$part; done
+
+# The kernels' tests compiled instead of interpreted, then a few of them watched for bad memory accesses.
+test-gpu: gpu-path
+	$(ON_GPU) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(ON_GPU) -m pytest tests/kernels tests/engine/test_gpu_step.py
+	if command -v compute-sanitizer >/dev/null; then $(ON_GPU:$(PYTHON)=) compute-sanitizer --error-exitcode 1 \
+	  $(PYTHON) -m pytest tests/kernels -k "same_bits and triton"; else echo "compute-sanitizer is not installed"; fi
+
+# At most 8 minutes on one H200; the short table comes last.
+bench-gpu: gpu-path
+	$(ON_GPU) bench/kernels.py
+	$(ON_GPU) bench/train_gpu.py
+	$(ON_GPU) bench/gpu_table.py
 
 plots: install
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"

@@ -105,6 +105,9 @@ def machine_has_bf16() -> bool:
 def heads(options: argparse.Namespace) -> list[Run]:
     """An epoch of a linear head, a second start, and the metric at every storage precision."""
     section = sources.data_section("sst2", limit=options.train_rows)
+    if options.quick:
+        few = {name: sources.sample(sources.read("sst2", name), 128) for name in ("train", "dev")}
+        section = {name: str(sources.write_jsonl(rows, f"features/few-{name}.jsonl")) for name, rows in few.items()}
     base = {
         "model": {"name": str(encoder_folder()), "max_length": 128},
         "data": section,

@@ -17,13 +17,15 @@ RESULT = Path(__file__).resolve().parent / "results" / "kernels_static.json"
 
 
 def main() -> None:
-    from regraft.kernels.shipped import Compiled, all_shipped, compile_for
+    from regraft.kernels.shipped import Compiled, all_shipped, compile_for, one_each
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write (%(default)s)")
     parser.add_argument("--only", default="", help="names that contain this; writes nothing without --out")
+    parser.add_argument("--one-each", action="store_true", help="one configuration of every kernel; needs --out")
     options = parser.parse_args()
     cases = [case for case in all_shipped() if options.only in case.name]
+    cases = one_each(cases) if options.one_each else cases
     rows: list[Compiled] = []
     for case in cases:
         for target in case.targets:
@@ -32,7 +34,7 @@ def main() -> None:
     faults = [f"{row.name} on sm_{row.target} spills {row.spills}" for row in rows if row.spills]
     wide = {case.name for case in cases if case.wide_loads}
     faults += [f"{r.name} on sm_{r.target} has no 128-bit load" for r in rows if r.name in wide and not r.loads_128]
-    if not options.only or options.out != RESULT:
+    if options.out != RESULT or not (options.only or options.one_each):
         import triton
 
         result = {

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from regraft.engine.files import write_text
+from regraft.engine.methods.settings import ADAPTERS
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent
 from regraft.engine.report.provenance import dropped
@@ -133,7 +134,7 @@ def _use_by_command(data: ReportData) -> list[str]:
 
 
 def _use(data: ReportData) -> list[str]:
-    if str(data.setting("method", "full")) in WITH_A_HEAD:
+    if str(data.setting("method", "full")) in WITH_A_HEAD | ADAPTERS:
         return _use_with_head(data)
     if data.task not in WITH_TRANSFORMERS:
         return _use_by_command(data)
@@ -179,6 +180,10 @@ model = load_trained("path/to/this/folder")
 for answer in predict(model, {texts}):
     print(answer.prediction.label, answer.prediction.scores)"""
     said = ["## Use", f"```python\n{code}\n```"]
+    if str(data.setting("method")) in ADAPTERS:
+        said.append(
+            "This folder holds an adapter; `regraft merge` makes a plain Hugging Face model of it and its encoder."
+        )
     if str(data.setting("method")) == "frozen":
         said.append("The encoder, unchanged, loads with `transformers.AutoModel`; the head is in `head.safetensors`.")
     return said

@@ -14,6 +14,8 @@ fp64 emissions), since the log-likelihood of a long sequence is in the hundreds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -144,17 +146,17 @@ def _(
     return torch.empty_like(emissions), torch.empty_like(transitions), torch.empty_like(start), torch.empty_like(end)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: _OUT) -> None:
+def _save(ctx: Any, inputs: tuple, output: _OUT) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], *inputs)
 
 
-def _backward(
-    ctx: torch.autograd.function.BackwardCFunction, grad_log_z: Tensor, grad_gold: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_log_z: Tensor | None, grad_gold: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     alpha, emissions, tags, cu_seqlens, *rest = ctx.saved_tensors
-    d_e, *d_rest = torch.ops.regraft.crf_gradients(
-        grad_log_z.contiguous(), grad_gold.contiguous(), alpha, emissions, tags, cu_seqlens, *rest
-    )
+    nothing = alpha.new_zeros(cu_seqlens.shape[0] - 1)
+    g, g_gold = (nothing if x is None else x.contiguous() for x in (grad_log_z, grad_gold))
+    d_e, *d_rest = torch.ops.regraft.crf_gradients(g, g_gold, alpha, emissions, tags, cu_seqlens, *rest)
     return d_e, None, None, *d_rest
 
 

@@ -50,6 +50,7 @@ class Compiled:
     bytes a block; `loads_128`: global loads of 16 bytes a thread, asynchronous copies included."""
 
     name: str
+    kernel: str
     target: int
     registers: int
     shared: int
@@ -67,6 +68,14 @@ def all_shipped() -> list[Shipped]:
             module = importlib.import_module(f"regraft.kernels.{path.stem}")
             found += getattr(module, "shipped", list)()
     return found
+
+
+def one_each(cases: Sequence[Shipped]) -> list[Shipped]:
+    """The first configuration of every kernel for every target."""
+    first: dict[tuple, Shipped] = {}
+    for case in cases:
+        first.setdefault((case.kernel.__name__, case.kernel.__module__, tuple(case.targets)), case)
+    return list(first.values())
 
 
 def compile_for(case: Shipped, target: int) -> Compiled:
@@ -95,6 +104,7 @@ def compile_for(case: Shipped, target: int) -> Compiled:
     usage, code = _disassemble(built.asm["cubin"])
     return Compiled(
         name=case.name,
+        kernel=case.kernel.__name__,
         target=target,
         registers=_number(r"REG:(\d+)", usage),
         shared=int(built.metadata.shared),

@@ -41,7 +41,7 @@ def blocks_for(head_size: int, longest: int, itemsize: int, part: str, target: i
         return Blocks(64, 64, 4, 2) if longest <= 256 else Blocks(256, 256, 4, 2)
     if target < 90:  # no products from shared memory: smaller blocks, or registers run out
         if part == "keys":
-            return Blocks(32, 32, 4, 2) if rotary else Blocks(32, 64, 8, 2)
+            return Blocks(16 if rotary else 32, 64, 8, 2)
         return Blocks(64, 32, 4, 2)
     if longest <= 64:
         return Blocks(64, 64, 4 if head_size <= 64 else 8, 2)

@@ -61,7 +61,7 @@ class FusedAdamW:
         weights = [w for group in self.param_groups for w in group["params"]]
         for weight, moments in zip(weights, state["moments"], strict=True):
             if moments is not None:
-                self._moments[weight] = tuple(m.clone() for m in moments)  # type: ignore[assignment]
+                self._moments[weight] = tuple(m.clone() for m in moments)
 
     def _moments_of(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if weight not in self._moments:

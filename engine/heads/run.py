@@ -69,10 +69,10 @@ class FrozenRun(_Run):
         torch.manual_seed(training.seed)
         head = build_head(self.config.head, len(self.spec.layers), self.spec.hidden, self.data.task.outputs)
         self.fitted = self.config.head.type in FITTED
+        head.start_at(self.data.task.scale)
         self.fit_scale(head, features)
         self.head = head
         self.running = FeatureHead(head).to(self.accelerator.device)  # type: ignore[assignment]
-        self.vocabulary = None
         limit = 1 if self.fitted else training.max_steps
         self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, limit)
         if features.bytes > RANDOM_BELOW:

@@ -16,6 +16,9 @@ METHODS = {
     "scratch": "A network trained from scratch",
     "lora": "{model} fine-tuned with LoRA",
     "qlora": "{model} fine-tuned with LoRA on 4-bit weights",
+    "int8": "{model} fine-tuned with LoRA on 8-bit weights",
+    "ia3": "{model} fine-tuned with (IA)^3",
+    "bitfit": "The biases of {model} fine-tuned",
     "adapter": "{model} fine-tuned with adapters",
 }
 TASKS = {

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,8 +22,10 @@ from torch import Tensor
 from regraft.engine.buckets import Bucket, bucket_of, fill_rows, fill_up
 from regraft.engine.models import RunningModel
 from regraft.engine.packing import PackedBatch
-from regraft.engine.tasks import Task
 from regraft.engine.varlen_layout import VarlenLayout
+
+if TYPE_CHECKING:
+    from regraft.engine.tasks import Task
 
 WARM_UP = 3  # runs before a capture: libraries set themselves up, Triton compiles
 MOST_GRAPHS = 64

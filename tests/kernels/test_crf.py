@@ -95,9 +95,9 @@ def test_it_agrees_with_every_path_counted_out(form, forbidden):
 
 @both_forms
 def test_gradients_are_those_of_finite_differences(form):
-    cu = packed([3, 1, 0, 4])
-    tags = torch.randint(3, (8,), device=DEVICE)
-    inputs = [x.requires_grad_() for x in parameters(8, 3)]
+    cu = packed([2, 1, 0, 3])
+    tags = torch.randint(3, (6,), device=DEVICE)
+    inputs = [x.requires_grad_() for x in parameters(6, 3)]
     with forced(form), poisoned():
         fast = form == "triton"  # along random directions, where every call is interpreted
         assert torch.autograd.gradcheck(lambda e, *rest: crf.log_likelihood(e, tags, cu, *rest), inputs, fast_mode=fast)

@@ -1,0 +1,281 @@
+"""Every kernel forward and backward on a GPU, beside eager torch, torch.compile, aten's attention and Liger.
+
+Milliseconds (median, 20 and 80 percent), bytes or FLOPs a second, and their share of the copy rate or the matrix rate
+measured in the same run. Needs torch and Triton; Liger where it is installed. `--device cpu` only shows that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import machine
+from kernels_heads import head_cases
+
+RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"
+QUANTILES = (0.5, 0.2, 0.8)
+COMPILE_SECONDS = 45.0  # torch.compile gets this long in all; later cases go without it, and the result says so
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one shape. `forms`: contestant -> function of the inputs. Work: bytes, or FLOPs for a product."""
+
+    name: str
+    shape: str
+    inputs: Sequence[Tensor]
+    forms: dict[str, Callable[..., Tensor]]
+    forward_work: float
+    backward_work: float
+    unit: str = "bytes"
+    keys: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. `rate`: bytes or FLOPs a second; `share`: of the ceiling of its unit."""
+
+    name: str
+    shape: str
+    direction: str
+    who: str
+    milliseconds: float
+    low: float
+    high: float
+    rate: float
+    unit: str
+    share: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", default="", help="names of kernels that contain this")
+    parser.add_argument("--seconds", type=float, default=110.0, help="start no further case after this (%(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/kernels.json on a GPU")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        sys.exit("no CUDA device; --device cpu runs tiny shapes to see that it works")
+    began = time.perf_counter()
+    ceilings = measure_ceilings(options.device)
+    print(f"copy {ceilings['bytes'] / 1e12:.2f} TB/s, bf16 product {ceilings['FLOPs'] / 1e12:.0f} TFLOP/s", flush=True)
+    rows: list[Row] = []
+    skipped: list[str] = []
+    compiling = 0.0
+    for case in cases(options.device):
+        if options.only not in case.name:
+            continue
+        if time.perf_counter() - began > options.seconds:
+            skipped.append(f"{case.name} {case.shape}")
+            continue
+        for who, form in case.forms.items():
+            if who == "compile" and (compiling > COMPILE_SECONDS or options.device == "cpu"):
+                skipped.append(f"{case.name} {case.shape} compile")
+                continue
+            started = time.perf_counter()
+            try:
+                found = measure(case, who, form, ceilings, options.device)
+            except Exception as error:  # a contestant that cannot run costs nobody else's figures
+                skipped.append(f"{case.name} {case.shape} {who}: {type(error).__name__}: {str(error)[:120]}")
+                continue
+            finally:
+                compiling += (time.perf_counter() - started) if who == "compile" else 0.0
+            rows += found
+    for line in table(rows):
+        print(line)
+    for line in skipped:
+        print(f"not measured: {line}")
+    out = options.out or (RESULT if options.device != "cpu" and not options.only else None)
+    if out is not None:
+        result = {
+            "name": "kernels",
+            "command": "python bench/kernels.py",
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "machine": machine.facts(),
+            "versions": {"torch": torch.__version__, "triton": triton_version()},
+            "ceilings": ceilings,
+            "rows": [asdict(row) for row in rows],
+            "not measured": skipped,
+            "hand over": hand_over(rows),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def triton_version() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def timed(run: Callable[[], object], device: str, clear: Sequence[Tensor] = ()) -> tuple[float, float, float]:
+    """Median, 20 and 80 percent of the milliseconds of `run`; replayed as a CUDA graph, so that no launch from Python is
+    in it (nor is the L2 cache cleared), where it can be captured."""
+    if device != "cpu":
+        from triton.testing import do_bench, do_bench_cudagraph
+
+        try:
+            return tuple(do_bench_cudagraph(run, rep=40, quantiles=QUANTILES, grad_to_none=list(clear)))  # type: ignore[return-value]
+        except Exception:
+            torch.cuda.synchronize()
+        return tuple(do_bench(run, warmup=10, rep=60, quantiles=QUANTILES, grad_to_none=list(clear)))  # type: ignore[return-value]
+    found = []
+    for _ in range(3):
+        for x in clear:
+            x.grad = None
+        began = time.perf_counter()
+        run()
+        found.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(found), min(found), max(found)
+
+
+def measure_ceilings(device: str) -> dict[str, float]:
+    """Bytes a second of a large copy, read and written counted; FLOPs a second of an 8192-cube bf16 product."""
+    size, side = (1 << 30, 8192) if device != "cpu" else (1 << 22, 128)
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copied = timed(lambda: target.copy_(source), device)[0]
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = timed(lambda: a @ b, device)[0]
+    return {"bytes": 2 * size / copied * 1e3, "FLOPs": 2 * side**3 / product * 1e3}
+
+
+def measure(case: Case, who: str, form: Callable, ceilings: dict[str, float], device: str) -> list[Row]:
+    from regraft.kernels.choice import forced
+
+    setting = {"regraft": "triton" if device != "cpu" else "reference", "regraft as chosen": "auto"}.get(who, "auto")
+    with forced(setting):
+        out = form(*case.inputs)
+        upstream = torch.randn_like(out)
+        leaves = [x for x in case.inputs if x.requires_grad]
+        with torch.no_grad():
+            forward = timed(lambda: form(*case.inputs), device)
+        backward = timed(lambda: out.backward(upstream, retain_graph=True), device, leaves)
+    rows = []
+    for direction, ms, work in (("forward", forward, case.forward_work), ("backward", backward, case.backward_work)):
+        rate = work / ms[0] * 1e3
+        rows.append(Row(case.name, case.shape, direction, who, *ms, rate, case.unit, rate / ceilings[case.unit]))
+    return rows
+
+
+def cases(device: str) -> Iterator[Case]:
+    """BERT-base and -large shapes; on CPU one tiny shape of each."""
+    shapes = [(16384, 768), (16384, 1024), (4096, 768)] if device != "cpu" else [(8, 64)]
+    for tokens, width in shapes:
+        yield norm_case(tokens, width, device)
+        yield gelu_case(tokens, 4 * width, device)
+        yield embedding_case(tokens, width, device)
+    sizes = [(64, 512, 32), (64, 128, 128), (128, 512, 32), (64, 64, 256)] if device != "cpu" else [(32, 16, 2)]
+    for p in (0.0, 0.1):
+        for size, length, sequences in sizes:
+            yield attention_case(size, length, sequences, p, device)
+
+    yield from head_cases(device, Case, leaf)
+
+
+def leaf(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device=device, dtype=dtype).requires_grad_()
+
+
+def norm_case(tokens: int, width: int, device: str) -> Case:
+    from regraft.kernels.norm import dropout_add_layer_norm
+    from regraft.kernels.philox import make_seed
+
+    seed = make_seed(1, device)
+    ours = lambda x, r, w, b: dropout_add_layer_norm(x, r, w, b, p=0.1, seed=seed)  # noqa: E731
+    functional = torch.nn.functional
+    eager = lambda x, r, w, b: functional.layer_norm(functional.dropout(x, 0.1) + r, (width,), w, b, 1e-12)  # noqa: E731
+    forms = {"regraft": ours, "eager": eager, "compile": torch.compile(eager)}
+    try:
+        from liger_kernel.transformers.functional import liger_layer_norm
+
+        forms["liger, no dropout"] = lambda x, r, w, b: liger_layer_norm(x + r, w, b, 1e-12)
+    except ImportError:
+        pass
+    inputs = [leaf(tokens, width, device=device) for _ in range(2)]
+    inputs += [leaf(width, device=device) for _ in range(2)]
+    moved = tokens * width * 2
+    return Case("dropout + residual + LayerNorm", f"{tokens} x {width}", inputs, forms, 3 * moved, 5 * moved)
+
+
+def gelu_case(tokens: int, width: int, device: str) -> Case:
+    from regraft.kernels.gelu import bias_gelu
+
+    eager = lambda x, b: torch.nn.functional.gelu(x + b)  # noqa: E731
+    forms = {"regraft": bias_gelu, "eager": eager, "compile": torch.compile(eager)}
+    moved = tokens * width * 2
+    inputs = [leaf(tokens, width, device=device), leaf(width, device=device)]
+    return Case("bias + GELU", f"{tokens} x {width}", inputs, forms, 2 * moved, 3 * moved)
+
+
+def embedding_case(tokens: int, width: int, device: str) -> Case:
+    from regraft.kernels import embedding_norm
+
+    words = 30522 if device != "cpu" else 100
+    ids, positions, types = (torch.randint(0, n, (tokens,), device=device) for n in (words, 64, 2))
+    ours = lambda *t: embedding_norm.embedding_layer_norm(ids, positions, types, *t)  # noqa: E731
+    eager = lambda *t: embedding_norm.reference(ids, positions, types, *t)  # noqa: E731
+    inputs = [leaf(n, width, device=device) for n in (words, 512, 2)]
+    inputs += [leaf(width, device=device) for _ in range(2)]
+    moved = tokens * width * 2
+    # backward: dy, the rows again, one fp32 value written and read twice, and the tables' gradients written
+    work = 4 * moved + 3 * tokens * width * 4 + (words + 512) * width * 4
+    forms = {"regraft": ours, "eager": eager, "compile": torch.compile(eager)}
+    return Case("embeddings + LayerNorm", f"{tokens} x {width}", inputs, forms, 4 * moved, work)
+
+
+def attention_case(size: int, length: int, sequences: int, p: float, device: str) -> Case:
+    from regraft.kernels import varlen
+
+    heads = 768 // size if device != "cpu" else 2
+    cu = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=device)
+    ours = lambda qkv: varlen.varlen_attention(qkv, cu, length, p=p)  # noqa: E731
+    padded = lambda x: x.view(sequences, length, heads, size).transpose(1, 2)  # noqa: E731
+    sdpa = lambda qkv: torch.nn.functional.scaled_dot_product_attention(*map(padded, qkv.unbind(1)), dropout_p=p)  # noqa: E731
+    forms = {"regraft": ours, "eager (sdpa, padded)": sdpa}
+    if device != "cpu":
+        forms["aten"] = lambda qkv: varlen._flash(qkv, cu, length, size**-0.5, p, None, None, None)
+    work = 4 * heads * size * sequences * length**2
+    inputs = [leaf(sequences * length, 3, heads, size, device=device)]
+    shape = f"{sequences} x {length}, head {size}, p {p}"
+    return Case("attention", shape, inputs, forms, work, 2.5 * work, "FLOPs")
+
+
+def hand_over(rows: Sequence[Row]) -> dict[str, str]:
+    """For each attention shape: whose forward and backward together are faster. What `varlen.HAND_OVER` is made from."""
+    totals: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.name == "attention" and row.who in ("regraft", "aten"):
+            by_who = totals.setdefault(row.shape, {})
+            by_who[row.who] = by_who.get(row.who, 0.0) + row.milliseconds
+    both = {shape: t for shape, t in totals.items() if len(t) == 2}
+    return {shape: "own" if t["regraft"] < t["aten"] else "aten" for shape, t in both.items()}
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        rate = f"{row.rate / 1e12:7.2f} {'TB' if row.unit == 'bytes' else 'TFLOP'}/s"
+        times = f"{row.milliseconds:8.4f} ms ({row.low:.4f} to {row.high:.4f})"
+        lines.append(f"{row.name:32}{row.shape:30}{row.direction:9} {row.who:22}{times:34}{rate} {row.share:6.1%}")
+    return lines
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    main()
