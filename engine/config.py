@@ -150,6 +150,9 @@ class DataConfig(Section):
     )
     encoding: str = "utf-8"
     label_separator: str = Field(",", min_length=1, description="multilabel: between labels in one csv or tsv cell")
+    overlap: Literal["error", "longest"] = Field(
+        "error", description="tagging: spans that overlap; longest: the longer of two stays, and what goes is counted"
+    )
     missing: Rule = Field("error", description="rows where text or label is missing")
     empty: Literal["error", "drop", "keep"] = Field("error", description="rows whose text is empty or blank")
     unknown_label: Rule = Field("error", description="rows in dev or test with a label that training never had")

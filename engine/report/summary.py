@@ -21,7 +21,14 @@ METHODS = {
     "bitfit": "The biases of {model} fine-tuned",
     "adapter": "{model} fine-tuned with adapters",
 }
-TASKS = {"classification": "classification", "multilabel": "multi-label classification", "regression": "regression"}
+TASKS = {
+    "multilabel": "multi-label classification",
+    "tagging": "token labelling",
+    "answering": "question answering",
+    "mlm": "masked language modelling",
+    "choice": "multiple choice",
+    "ordinal": "ordinal regression",
+}
 NAMED_AFTER = {"matthews", "pearson", "spearman"}  # people keep their capital
 
 
