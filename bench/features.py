@@ -105,6 +105,9 @@ def machine_has_bf16() -> bool:
 def heads(options: argparse.Namespace) -> list[Run]:
     """An epoch of a linear head, a second start, and the metric at every storage precision."""
     section = sources.data_section("sst2", limit=options.train_rows)
+    if options.quick:
+        few = {name: sources.sample(sources.read("sst2", name), 128) for name in ("train", "dev")}
+        section = {name: str(sources.write_jsonl(rows, f"features/few-{name}.jsonl")) for name, rows in few.items()}
     base = {
         "model": {"name": str(encoder_folder()), "max_length": 128},
         "data": section,
@@ -112,17 +115,22 @@ def heads(options: argparse.Namespace) -> list[Run]:
     }
     runs = []
     accuracy = {}
+    store = WORK / "features" / "store"
     for precision in ("fp32", *STORAGE):
-        found = trained(base, {"method": "frozen", "features": {"precision": precision}}, {"epochs": 10}, options)
+        found = trained(
+            base,
+            {"method": "frozen", "features": {"precision": precision, "store": str(store)}},
+            {"epochs": 10},
+            options,
+        )
         accuracy[precision] = found["metrics"]["dev"]["accuracy"]
         if precision != "fp32":
             runs.append(
                 Run(f"points lost, {precision}", OURS, 0, 100 * (accuracy["fp32"] - accuracy[precision]), accuracy)
             )
-    store = WORK / "cache" / "features"
     runs.append(Run("int8, bytes a value", OURS, 0, bytes_a_value(store), {}))
     tune = trained(base, {"method": "full"}, {"max_steps": 60 if not options.quick else 6}, options, window=True)
-    epoch = trained(base, {"method": "frozen"}, {"epochs": 2}, options)
+    epoch = trained(base, {"method": "frozen", "features": {"store": str(store)}}, {"epochs": 2}, options)
     rows = tune["tokens"] / tune["seconds"]
     fine = epoch["tokens_an_epoch"] / rows
     runs.append(Run(EPOCH, OURS, 0, fine / epoch["epoch_seconds"], {"fine_tuning_epoch_seconds": fine, **epoch}))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import machine
+from kernels_heads import head_cases
 
 RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"
 QUANTILES = (0.5, 0.2, 0.8)
@@ -183,6 +184,8 @@ def cases(device: str) -> Iterator[Case]:
     for p in (0.0, 0.1):
         for size, length, sequences in sizes:
             yield attention_case(size, length, sequences, p, device)
+
+    yield from head_cases(device, Case, leaf)
 
 
 def leaf(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:

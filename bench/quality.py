@@ -54,12 +54,13 @@ class Recipe:
     dev_fraction: float = 0.1
     at_least: float | None = None
     peer: bool = False
+    ema: float | None = None
 
 
 RECIPES = {
     "sst2": Recipe("accuracy", "dev", 5e-5, 3, at_least=90.5, peer=True),
     "banking77": Recipe("accuracy", "test", 1e-4, 15, dev_fraction=0.05, at_least=92.0),
-    "stsb": Recipe("pearson", "dev", 1e-4, 8, at_least=87.0),
+    "stsb": Recipe("pearson", "dev", 1e-4, 5, batch_size=16, at_least=87.0, ema=0.995),
     "cola": Recipe("matthews", "dev", 5e-5, 6),
     "rte": Recipe("accuracy", "dev", 5e-5, 10, max_length=256),
     "trec6": Recipe("accuracy", "test", 5e-5, 8, dev_fraction=0.05),
@@ -134,12 +135,11 @@ def earlier(name: str, who: str, seed: int, options: argparse.Namespace) -> Run 
 def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> Path:
     """Where a model is trained; its figures are kept beside it as .json. Other settings give another place."""
     what = {
-        **asdict(RECIPES[name]),
+        **{key: value for key, value in asdict(RECIPES[name]).items() if key != "ema" or value is not None},
         "shared": [WEIGHT_DECAY, WARMUP],
         "precision": options.precision,
-        "peer": ["group_by_length"] if who != OURS else None,
         "rows": QUICK_ROWS if options.quick else None,
-    }
+    } | ({} if who == OURS else {"sampling": "group_by_length"})
     fingerprint = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
     return WORK / "quality" / f"{name}-{who}-{seed}-{fingerprint}"
 
@@ -196,6 +196,7 @@ def regraft(
             "weight_decay": WEIGHT_DECAY,
             "warmup": WARMUP,
             "seed": seed,
+            "ema": recipe.ema,
             "precision": options.precision,
             "threads": options.threads,
         },

@@ -157,7 +157,9 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("export", help="turn a trained model into a bundle that can be served")
-    parser.add_argument("model", help="run folder or model folder")
+    parser.add_argument(
+        "model", nargs="+", help="run folder or model folder; several frozen models over one encoder make one bundle"
+    )
     parser.add_argument("--to", required=True, metavar="BUNDLE", help="folder to write")
     parser.add_argument(
         "--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers"

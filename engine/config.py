@@ -14,11 +14,11 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.heads.settings import HEAD_ONLY, WORD_METHODS, FeaturesConfig, HeadConfig, WordsConfig
 from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
     LoraSettings,
-    PromptSettings,
     QuantiseSettings,
     UnfreezeSettings,
 )
@@ -44,16 +44,19 @@ class ModelConfig(Section):
     dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
-TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering")
+TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm", "choice", "ordinal")
 # Keys of `task` that only some types read.
 USED_BY = {
     "tags": ("tagging",),
     "crf": ("tagging",),
     "alignment": ("tagging",),
-    "stride": ("tagging", "answering"),
+    "stride": ("tagging", "answering", "mlm", "choice", "ordinal"),
     "max_answer": ("answering",),
     "n_best": ("answering",),
     "normalise": ("answering",),
+    "mask_share": ("mlm",),
+    "masking": ("mlm",),
+    "sentences": ("mlm",),
     "options": ("MODULE:CLASS",),
 }
 
@@ -78,6 +81,11 @@ class TaskConfig(Section):
     n_best: int = Field(5, ge=1, description="answering: how many candidates an answer lists")
     normalise: Literal["auto", "english", "chinese"] = Field(
         "auto", description="answering: how answers are compared: as SQuAD does, or as CMRC 2018"
+    )
+    mask_share: float = Field(0.15, gt=0, lt=1, description="mlm: share of tokens that are hidden")
+    masking: Literal["token", "word", "span"] = Field("word", description="mlm: what is hidden together")
+    sentences: Literal["none", "nsp", "order"] = Field(
+        "none", description="mlm: nsp: does the second part follow; order: which part comes first"
     )
     options: dict[str, Any] = Field({}, description="what a task of your own takes")
     metric: str | None = Field(None, description="what picks the best checkpoint; null: the task's own")
@@ -131,7 +139,7 @@ class DataConfig(Section):
     dev: str | None = Field(None, description="null: dev_fraction of the training rows, stratified and seeded")
     test: str | None = None
     dev_fraction: float = Field(0.1, gt=0, lt=1)
-    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "conllu"] = "auto"
+    format: Literal["auto", "jsonl", "csv", "tsv", "parquet", "conll", "conllu", "text"] = "auto"
     tag_scheme: Literal["auto", "iob1", "iob2", "bioes", "none", "any"] = Field(
         "auto", description="tagging: how tags of words are spelled; any: read what can be read, refuse nothing"
     )
@@ -142,6 +150,9 @@ class DataConfig(Section):
     )
     encoding: str = "utf-8"
     label_separator: str = Field(",", min_length=1, description="multilabel: between labels in one csv or tsv cell")
+    overlap: Literal["error", "longest"] = Field(
+        "error", description="tagging: spans that overlap; longest: the longer of two stays, and what goes is counted"
+    )
     missing: Rule = Field("error", description="rows where text or label is missing")
     empty: Literal["error", "drop", "keep"] = Field("error", description="rows whose text is empty or blank")
     unknown_label: Rule = Field("error", description="rows in dev or test with a label that training never had")
@@ -202,67 +213,6 @@ class TrainingConfig(Section):
         return self
 
 
-class FeaturesConfig(Section):
-    """Which hidden states of the frozen encoder are kept, and how (method: frozen, `regraft features`)."""
-
-    layers: Literal["last", "last4", "all", "embeddings"] | int | list[int] = Field(
-        "last", description="0 is the embedding layer; negative numbers count from the last"
-    )
-    pooling: Literal["auto", "mean", "first", "max", "none"] = Field(
-        "auto", description="none: every token is kept; auto: what the head reads"
-    )
-    normalise: bool = Field(False, description="pooled rows to length 1, as sentence encoders are compared")
-    precision: Literal["fp32", "bf16", "fp16", "int8"] = Field("fp32", description="int8: with a scale for each row")
-    store: str | None = Field(None, description="folder of stores; null: features in the cache folder")
-    limit_gb: float | None = Field(None, gt=0, description="least recently used shards are deleted beyond this")
-
-
-TOKEN_HEADS = frozenset({"attention", "bilstm", "cnn"})
-LAYER_NAMES = ("last", "last4", "all", "embeddings")
-
-
-class HeadConfig(Section):
-    """What is trained on the features."""
-
-    type: Literal["linear", "mlp", "attention", "bilstm", "cnn", "logistic", "svm", "centroid", "zeroshot"] = "linear"
-    mix: Literal["scalar", "concat"] = Field("scalar", description="how several layers become one vector")
-    layer_norm: bool = Field(False, description="scalar mix: normalise each layer first")
-    mix_penalty: float = Field(0.0, ge=0, description="scalar mix: lambda of ELMo's lambda * |w|^2")
-    hidden: int = Field(256, ge=1, description="units of mlp, attention and each direction of bilstm; filters of cnn")
-    kernels: list[int] = Field([3, 4, 5], min_length=1, description="cnn: tokens each filter spans")
-    dropout: Fraction = 0.1
-    c: float = Field(1.0, gt=0, description="logistic, svm: inverse strength of regularisation")
-    descriptions: dict[str, str] = Field({}, description="zeroshot: what a label means, in words; default: its name")
-
-    @property
-    def reads_tokens(self) -> bool:
-        return self.type in TOKEN_HEADS
-
-
-class WordsConfig(Section):
-    """Static word vectors (method: vectors), or an embedding learned from nothing (method: scratch)."""
-
-    vectors: str | None = Field(None, description="GloVe or word2vec text, word2vec .bin, fastText .vec, .npz, .json")
-    vocabulary: str | None = Field(None, description=".npz: JSON of word to row; null: vocab.json beside it")
-    trained: bool = Field(False, description="vectors: go on training them")
-    unit: Literal["auto", "word", "character", "longest"] = Field(
-        "auto", description="longest: the longest words of the vocabulary, from the left, as for Chinese words"
-    )
-    dimension: int = Field(100, ge=1, description="scratch: width of the embedding")
-    min_count: int = Field(2, ge=1, description="scratch: words seen less often in training are unknown")
-    max_words: int = Field(50_000, ge=10, description="largest vocabulary")
-
-
-WORD_METHODS = ("vectors", "scratch")
-# What training is set to, where the run does not say, when there is no pretrained encoder to be careful with.
-HEAD_ONLY: dict[str, dict[str, Any]] = {
-    "frozen": {"learning_rate": 1e-3, "epochs": 20},
-    "contrastive": {"learning_rate": 5e-5, "epochs": 20},
-    "vectors": {"learning_rate": 1e-3, "epochs": 8},
-    "scratch": {"learning_rate": 1e-3, "epochs": 8},
-}
-
-
 class RunConfig(Section):
     """Everything one run needs."""
 
@@ -279,8 +229,6 @@ class RunConfig(Section):
         "int8",
         "ia3",
         "adapter",
-        "prompt",
-        "prefix",
     ] = Field(
         "full",
         description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
@@ -289,7 +237,6 @@ class RunConfig(Section):
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
     adapter: AdapterSettings = AdapterSettings()
-    prompt: PromptSettings = PromptSettings()
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
@@ -311,7 +258,9 @@ class RunConfig(Section):
             if values["method"] == "contrastive":
                 values = {"head": {"type": "logistic"}} | values
             if values["method"] in WORD_METHODS:
-                values = {"model": {"name": "none"}, "head": {"type": "bilstm", "dropout": 0.3}} | values
+                model = values.get("model", {})
+                named = {"name": "none"} | model if isinstance(model, dict) else model
+                values = {"head": {"type": "bilstm", "dropout": 0.3}} | values | {"model": named}
         return values
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def evaluate(
     batches = by_length(examples.row_lengths, token_budget)
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     for rows in batches[rank::processes]:
-        drawn, sequences = task.draw(examples, examples.sequences_of_rows(rows), (0, int(rows[0])))
+        drawn, sequences = task.draw(examples.ungrouped, examples.sequences_of_rows(rows), (0, int(rows[0])))
         outputs = run_outputs(running, drawn, sequences, accelerator)
         task.score(metrics, drawn, sequences, outputs)
         if keep_worst:
@@ -79,17 +80,16 @@ def run_outputs(
     running.eval()
     try:
         batch = collate_examples(examples, sequences).to(next(running.parameters()).device)
-        if accelerator is None:
-            found = running(batch).float().cpu().numpy()
-        else:
-            with accelerator.autocast():
-                found = running(batch).float().cpu().numpy()
+        with nullcontext() if accelerator is None else accelerator.autocast():
+            logits = running(batch)
+        found, *pairs = [x.float().cpu().numpy() for x in (logits if isinstance(logits, tuple) else (logits,))]
     finally:
         if was_training:
             running.train()
     if running.reads == FIRST:
         return found
-    return np.split(found, np.cumsum(rows_read(examples, sequences))[:-1])
+    each = np.split(found, np.cumsum(rows_read(examples, sequences))[:-1])
+    return list(zip(each, pairs[0], strict=True)) if pairs else each  # type: ignore[return-value]
 
 
 def rows_read(examples: Examples, sequences: np.ndarray) -> np.ndarray:

@@ -57,6 +57,11 @@ class Examples:
             return self.store.lengths
         return np.bincount(self.row_of, weights=self.store.lengths, minlength=len(self.rows)).astype(np.int64)
 
+    @property
+    def ungrouped(self) -> Examples:
+        """The same with every sequence a unit of its own."""
+        return replace(self, groups=None)
+
     def sequences(self, units: np.ndarray) -> np.ndarray:
         """The sequences of units, in their order."""
         return units if self.groups is None else _ranges(self.groups[units], self.groups[units + 1])

@@ -46,7 +46,7 @@ class Comparison:
 
 
 def export_bundle(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     to: str | Path,
     *,
     layout: str = "packed",
@@ -70,11 +70,11 @@ def export_bundle(
     if to.exists() and not (to / "bundle.json").is_file():
         raise ExportError(f"{to}: not a bundle, so --force does not replace it")
     torch.set_num_threads(available_threads())
-    trained = load_trained(model)
+    trained = load_models(model)
     running = trained.running
     if layout == "packed" and not running.packed:
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
-    comparison = compare_rows(trained, data_file)
+    comparison = None if trained.task.type == "several" else compare_rows(trained, data_file)
     if int8 and comparison is None:
         raise ExportError(
             "int8 is gated on the task's metric and there are no held-out rows: name some with --data FILE"
@@ -106,6 +106,17 @@ def export_bundle(
         (folder / "README.md").write_text(_readme(info), encoding="utf-8")
         write_info(folder, info)
     return _report(to, info)
+
+
+def load_models(model: str | Path | Sequence[str | Path]) -> Trained:
+    """One trained model, or several heads over one encoder as one."""
+    if isinstance(model, str | Path):
+        return load_trained(model)
+    if len(model) == 1:
+        return load_trained(model[0])
+    from regraft.engine.heads.several import load_several
+
+    return load_several(model)
 
 
 def open_graph(path: Path) -> InferenceSession:
@@ -151,7 +162,9 @@ def grid_logits(trained: Trained) -> list[tuple[list[np.ndarray], np.ndarray]]:
             starts = np.cumsum([0, *map(len, batch)])[:-1]
             marks = np.concatenate([start + m for start, m in zip(starts, _grid_marks(batch), strict=True)])
             packed = pack(batch, marks=marks if running.reads == MARKED else None)
-            found.append((batch, running(packed.to(device)).float().cpu().numpy()))
+            logits = running(packed.to(device))
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            found.append((batch, logits.float().cpu().numpy()))
     return found
 
 
@@ -186,7 +199,7 @@ def compare_rows(trained: Trained, data_file: str | None) -> Comparison | None:
         if data_file is not None:
             raise
         return None
-    made, _ = trained.task.draw(made, np.arange(len(made.store)), (0, 0))
+    made, _ = trained.task.draw(made.ungrouped, np.arange(len(made.store)), (0, 0))
     outputs = run_all(trained.running, made)
     return Comparison(made, _metrics(trained, made, outputs), outputs)
 
@@ -245,7 +258,8 @@ def quantise_within(
     def error_of(kept: tuple[str, ...]) -> float:
         quantise(graph, trial, kept)
         outputs = _graph_outputs(graph_runner(open_graph(trial), info), comparison.examples, few)
-        errors = [np.abs(a - b).ravel() for a, b in zip(outputs, comparison.model_outputs[: len(few)], strict=True)]
+        expected = [x[0] if isinstance(x, tuple) else x for x in comparison.model_outputs[: len(few)]]
+        errors = [np.abs(a - b).ravel() for a, b in zip(outputs, expected, strict=True)]
         return float(np.concatenate(errors).mean())
 
     tried = []
@@ -275,6 +289,10 @@ def _report(to: Path, info: BundleInfo) -> str:
         q = info.quality
         lines.append(
             f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}"
+        )
+    elif info.task["type"] == "several":
+        lines.append(
+            f"heads: {', '.join(info.task['tasks'])}; the encoder runs once; each one's figures are in its run"
         )
     else:
         lines.append("the run's held-out rows are gone, so the metric was not compared; name some with --data FILE")

@@ -81,7 +81,13 @@ class _PackedGraph(nn.Module):
         marks: Tensor | None = None,
     ) -> Tensor:
         layout = GraphLayout(pad_index, token_index, lengths)
-        return self.running.run_layout(layout, input_ids, position_ids, token_type_ids, marks).float()
+        logits = self.running.run_layout(layout, input_ids, position_ids, token_type_ids, marks)
+        return _tokens(logits).float()
+
+
+def _tokens(logits: Any) -> Tensor:
+    # Whether sentences follow each other is learned from, not asked.
+    return logits[0] if isinstance(logits, tuple) else logits
 
 
 PADDED_ATTENTION = "regraft_padded"
@@ -132,7 +138,7 @@ class _PaddedGraph(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        return logits_of(self.model(**inputs)).float()
+        return _tokens(logits_of(self.model(**inputs))).float()
 
 
 AXES: dict[str, dict[str, dict[int, str]]] = {

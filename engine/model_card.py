@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from regraft.engine.files import write_text
+from regraft.engine.methods.settings import ADAPTERS
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent
 from regraft.engine.report.provenance import dropped
@@ -73,17 +74,18 @@ def front_matter(data: ReportData) -> dict[str, Any]:
     name = str(data.setting("model.name", ""))
     figures = _best_figures(data)
     library = "regraft" if str(data.setting("method", "full")) in WITH_A_HEAD else "transformers"
-    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-classification"}
+    pipeline = PIPELINES.get(data.task, "text-classification")
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
     if HUB_NAME.fullmatch(name) and not Path(name).exists():
         front["base_model"] = name
-    front["tags"] = ["regraft", "text-classification", data.task] + (["sentence-pairs"] if _pairs(data) else [])
+    front["tags"] = ["regraft", pipeline, data.task] + (["sentence-pairs"] if _pairs(data) else [])
     front["metrics"] = list(dict.fromkeys(HUB_METRICS[n] for n in figures if n in HUB_METRICS and n != "loss"))
     if figures:
         measured = [
             {"type": HUB_METRICS.get(n, n), "name": metric_name(n), "value": float(v)} for n, v in figures.items()
         ]
         dataset = {"name": _dataset(data), "type": _dataset(data), "split": data.split}
-        result = {"task": {"type": "text-classification"}, "dataset": dataset, "metrics": measured}
+        result = {"task": {"type": pipeline}, "dataset": dataset, "metrics": measured}
         front["model-index"] = [{"name": one_line(data.name), "results": [result]}]
     return front
 
@@ -115,9 +117,27 @@ def _figures(data: ReportData) -> list[str]:
     return ["## Figures", head, *said]
 
 
+WITH_TRANSFORMERS = ("classification", "multilabel", "regression")
+PIPELINES = {"tagging": "token-classification", "answering": "question-answering", "mlm": "fill-mask"}
+
+
+def _use_by_command(data: ReportData) -> list[str]:
+    """For tasks whose answers are more than a label: our own command, and the pipeline that reads the same weights."""
+    inputs = {"answering": '"the question" --pair "the context"', "choice": "--file choices.jsonl"}
+    asked = inputs.get(data.task, '"the text"')
+    said = ["## Use", f"```sh\nregraft predict path/to/this/folder {asked}\n```"]
+    if data.task in PIPELINES:
+        line = f'pipeline("{PIPELINES[data.task]}", model="path/to/this/folder")'
+        said += ["The weights load in plain transformers too, without windows, CRF and thresholds:"]
+        said += [f"```python\nfrom transformers import pipeline\n\nask = {line}\n```"]
+    return said
+
+
 def _use(data: ReportData) -> list[str]:
-    if str(data.setting("method", "full")) in WITH_A_HEAD:
+    if str(data.setting("method", "full")) in WITH_A_HEAD | ADAPTERS:
         return _use_with_head(data)
+    if data.task not in WITH_TRANSFORMERS:
+        return _use_by_command(data)
     pair, length = _pairs(data), data.setting("model.max_length")
     cut = f", truncation=True, max_length={length}" if length else ", truncation=True"
     one = '{"text": "the first text", "text_pair": "the second text"}' if pair else '"the text"'
@@ -160,6 +180,10 @@ model = load_trained("path/to/this/folder")
 for answer in predict(model, {texts}):
     print(answer.prediction.label, answer.prediction.scores)"""
     said = ["## Use", f"```python\n{code}\n```"]
+    if str(data.setting("method")) in ADAPTERS:
+        said.append(
+            "This folder holds an adapter; `regraft merge` makes a plain Hugging Face model of it and its encoder."
+        )
     if str(data.setting("method")) == "frozen":
         said.append("The encoder, unchanged, loads with `transformers.AutoModel`; the head is in `head.safetensors`.")
     return said

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +137,8 @@ class RunningModel(nn.Module):
         if self.uses_token_types and token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids[None]
         logits = logits_of(self.model(**inputs))
+        if isinstance(logits, PairedLogits):
+            return PairedLogits(logits.tokens[0], logits.pairs)
         return logits if self.reads == "first" else logits[0]
 
     def _forward_padded(self, batch: PackedBatch) -> Tensor:
@@ -154,8 +156,9 @@ class RunningModel(nn.Module):
         logits = logits_of(self.model(**inputs))
         if self.reads == "first":
             return logits
-        logits = logits[mask]
-        return logits if batch.marks is None else logits.index_select(0, batch.marks)
+        if isinstance(logits, PairedLogits):
+            return PairedLogits(_picked(logits.tokens[mask], batch.marks), logits.pairs)
+        return _picked(logits[mask], batch.marks)
 
     def run_padded(self, reason: str) -> None:
         """Plain transformers on padded batches."""
@@ -236,20 +239,40 @@ class RunningModel(nn.Module):
         return _replace_hidden(output, lambda hidden: hidden[0].index_select(0, starts)[:, None])
 
     def _install_marks(self) -> None:
-        if self.reads == "marked":
-            self._handles.append(self.model.base_model.register_forward_hook(self._marked_rows))
+        if self.reads != "marked":
+            return
+        base = self.model.base_model
+        self._handles.append(base.register_forward_hook(self._marked_rows))
+        if getattr(base, "pooler", None) is not None:  # takes `[:, 0]`
+            self._handles.append(base.pooler.register_forward_pre_hook(self._pooled_rows))
 
     def _marked_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         # Over a vocabulary the head costs more than the encoder: it gets the marked rows and no others.
         marks = self._state.marks
         return output if marks is None else _replace_hidden(output, lambda hidden: hidden.index_select(1, marks))
 
+    def _pooled_rows(self, module: nn.Module, inputs: Any) -> Any:
+        return (inputs[0][0].index_select(0, self._state.layout.starts)[:, None], *inputs[1:])
+
     def _mean_rows(self, module: nn.Module, inputs: Any, output: Any) -> Any:
         return _replace_hidden(output, lambda hidden: self._state.layout.means(hidden[0])[:, None])
 
 
-def logits_of(output: Any) -> Tensor:
-    """The head's logits; an answer's start and end as two columns."""
+class PairedLogits(NamedTuple):
+    """Logits of marked tokens [M, V] and of pairs of sentences [B, 2], as models for pre-training give them."""
+
+    tokens: Tensor
+    pairs: Tensor
+
+
+def _picked(logits: Tensor, marks: Tensor | None) -> Tensor:
+    return logits if marks is None else logits.index_select(0, marks)
+
+
+def logits_of(output: Any) -> Any:
+    """The head's logits; an answer's start and end as two columns; of a model for pre-training both kinds."""
+    if "prediction_logits" in output:
+        return PairedLogits(output.prediction_logits, output.seq_relationship_logits)
     if "start_logits" in output:
         return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits
@@ -298,7 +321,8 @@ class _Proof:
         self.running.eval()
         try:
             with torch.no_grad():
-                return self.running(self.batch).double()
+                found = self.running(self.batch)
+                return torch.cat([x.double().flatten() for x in found]) if isinstance(found, tuple) else found.double()
         finally:
             self.running.train(was_training)
 

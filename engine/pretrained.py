@@ -45,6 +45,8 @@ def resolve(name: str) -> str:
     if not path.is_dir():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ModelError(f"model.name: {name}: no such folder{nearest(path.name, siblings)}")
+    if (path / "best" / "config.json").is_file():
+        return str(path / "best")  # a run folder: one run goes on from another
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name: {path}: not a model folder: config.json is missing")
     return str(path)

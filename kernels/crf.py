@@ -9,16 +9,20 @@ FLOPs: about 4 C^2 a row each way. Bytes moved: emissions once, alpha (fp32) wri
 
 -inf and -1e4 in A, start, end or e forbid, exactly: what is forbidden has probability and gradient 0. A sequence
 without any path has log Z = -inf and gradient 0. An empty sequence has log Z = score = 0. The results are fp32 (fp64 for
-fp64 emissions), since the log-likelihood of a long sequence is in the hundreds.
+fp64 emissions), since the log-likelihood of a long sequence is in the hundreds. More than 64 tags run as plain torch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from regraft.kernels import crf_reference as reference
+from regraft.kernels import crf_triton
 from regraft.kernels.checks import FLOATS, INTEGERS, expect
+from regraft.kernels.choice import use_triton
 
 _OUT = tuple[Tensor, Tensor, Tensor]
 
@@ -83,6 +87,10 @@ def _check(
             raise IndexError(f"tags: holds {low if low < 0 else high}, expected 0 to {states - 1}")
 
 
+def _fits(emissions: Tensor) -> bool:
+    return emissions.shape[1] <= crf_triton.LARGEST and use_triton(emissions)
+
+
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -91,6 +99,8 @@ def _wide(x: Tensor) -> torch.dtype:
 def _scores(
     emissions: Tensor, tags: Tensor | None, cu_seqlens: Tensor, transitions: Tensor, start: Tensor, end: Tensor
 ) -> _OUT:
+    if _fits(emissions):
+        return crf_triton.scores(emissions, tags, cu_seqlens, transitions, start, end)
     out = reference.scores(emissions, tags, cu_seqlens, transitions, start, end)
     return tuple(x.to(_wide(emissions)) for x in out)  # type: ignore[return-value]
 
@@ -116,7 +126,8 @@ def _gradients(
     end: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = (emissions, tags, cu_seqlens, transitions, start, end)
-    d_e, d_a, d_start, d_end = reference.gradients(grad_log_z, grad_gold, alpha, *inputs)
+    form = crf_triton if _fits(emissions) else reference
+    d_e, d_a, d_start, d_end = form.gradients(grad_log_z, grad_gold, alpha, *inputs)
     return d_e.to(emissions.dtype), d_a.to(transitions.dtype), d_start.to(start.dtype), d_end.to(end.dtype)
 
 
@@ -135,17 +146,17 @@ def _(
     return torch.empty_like(emissions), torch.empty_like(transitions), torch.empty_like(start), torch.empty_like(end)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: _OUT) -> None:
+def _save(ctx: Any, inputs: tuple, output: _OUT) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[2], *inputs)
 
 
-def _backward(
-    ctx: torch.autograd.function.BackwardCFunction, grad_log_z: Tensor, grad_gold: Tensor, _: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_log_z: Tensor | None, grad_gold: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     alpha, emissions, tags, cu_seqlens, *rest = ctx.saved_tensors
-    d_e, *d_rest = torch.ops.regraft.crf_gradients(
-        grad_log_z.contiguous(), grad_gold.contiguous(), alpha, emissions, tags, cu_seqlens, *rest
-    )
+    nothing = alpha.new_zeros(cu_seqlens.shape[0] - 1)
+    g, g_gold = (nothing if x is None else x.contiguous() for x in (grad_log_z, grad_gold))
+    d_e, *d_rest = torch.ops.regraft.crf_gradients(g, g_gold, alpha, emissions, tags, cu_seqlens, *rest)
     return d_e, None, None, *d_rest
 
 
@@ -156,6 +167,8 @@ _scores.register_autograd(_backward, setup_context=_save)
 def _viterbi(
     emissions: Tensor, cu_seqlens: Tensor, transitions: Tensor, start: Tensor, end: Tensor
 ) -> tuple[Tensor, Tensor]:
+    if _fits(emissions):
+        return crf_triton.viterbi(emissions, cu_seqlens, transitions, start, end)
     from regraft.kernels.viterbi import viterbi as decode
 
     arrays = [x.detach().to(_wide(emissions)).cpu().numpy() for x in (emissions, transitions, start, end)]

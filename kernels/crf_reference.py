@@ -104,8 +104,8 @@ def gradients(
     back = _Chain(a.t().contiguous())
     beta = last.expand_as(e).clone()
     for t in range(len(order.sizes) - 2, -1, -1):
-        size, here, after = (int(x) for x in (order.sizes[t + 1], order.offsets[t], order.offsets[t + 1]))
-        beta[here : here + size] = back.step(e[after : after + size] + beta[after : after + size])
+        size, here, onward = (int(x) for x in (order.sizes[t + 1], order.offsets[t], order.offsets[t + 1]))
+        beta[here : here + size] = back.step(e[onward : onward + size] + beta[onward : onward + size])
     # a row whose sequence has no path at all has no marginals either: nan becomes 0
     p = torch.softmax(alpha.double().index_select(0, rows) + beta, dim=1).nan_to_num_(0.0)
 

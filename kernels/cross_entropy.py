@@ -41,7 +41,7 @@ def masked_cross_entropy(
     """Summed loss of `targets` at `rows` of hidden; the caller divides by what it counts.
 
     Shape: hidden [T, H], weight [V, H], bias [V], targets [N] int64, rows [N] int64 -> [] in fp32 (fp64 for fp64).
-    Differentiable in hidden, weight and bias. Rows whose target is ignore_index add nothing; no rows give 0. Raises ValueError,
+    Products in hidden's dtype (autocast's, where it is on). Differentiable in hidden, weight and bias. Rows whose target is ignore_index add nothing; no rows give 0. Raises ValueError,
     TypeError or IndexError (a target or row out of range, on CPU), naming the argument.
     """
     expect("hidden", hidden, shape=(None, None), contiguous=False)
@@ -57,6 +57,8 @@ def masked_cross_entropy(
         raise ValueError(f"chunk_rows: is {chunk_rows}, expected at least 1")
     if hidden.device.type == "cpu" and count and not torch.compiler.is_compiling():
         _check_values(targets, rows, hidden.shape[0], weight.shape[0], ignore_index)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     chosen = (hidden if rows is None else hidden.index_select(0, rows)).contiguous()
     grad = torch.is_grad_enabled()
     wanted = [grad and x is not None and x.requires_grad for x in (chosen, weight, bias)]
@@ -128,6 +130,8 @@ def _loss(
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     if into_weight and not rows:
         d_weight.zero_()
+    if rows:  # chunks of one size: a small one at the end would cost a whole pass over dW
+        step = cdiv(rows, cdiv(rows, step))
     # Rows of logits start at multiples of 128 bytes or more, whatever the vocabulary: loads of 16 bytes need that.
     stride = cdiv(vocabulary, PADDED) * PADDED if triton else vocabulary
     memory = hidden.new_empty(min(step, rows), stride)
@@ -227,12 +231,15 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd fills a zero for each gradient made here, the largest of [V, H]
     ctx.save_for_backward(*output[1:])
     ctx.wanted = inputs[-3:]
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
 
 
-def _gradients(ctx: Any, g: Tensor, *_: Any) -> tuple:
+def _gradients(ctx: Any, g: Tensor | None, *_: Any) -> tuple:
+    if g is None:
+        return (None,) * 10
     scaled = [
         (made * g.to(made.dtype)).to(dtype) if wanted else None
         for made, wanted, dtype in zip(ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True)

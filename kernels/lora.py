@@ -236,13 +236,16 @@ def _(
 def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, a, b, starts, scales, keep, drop_scale, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], x, weight, bias, a, keep, *b)
     ctx.starts, ctx.scales, ctx.drop_scale = list(starts), list(scales), drop_scale
     ctx.trains = [t is not None and t.requires_grad for t in (x, weight, bias)]
 
 
-def _gradients(ctx: Any, dy: Tensor, _: Any) -> tuple:
+def _gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple:
     u, x, weight, bias, a, keep, *b = ctx.saved_tensors
+    if dy is None:
+        return None, None, None, None, [None] * len(b), *(None,) * 5
     into_x, into_weight, into_bias = ctx.trains
     dy = dy.contiguous()
     dx, d_a, d_b = _backward(dy, u, x, weight, a, b, ctx.starts, ctx.scales, keep, ctx.drop_scale, into_x)

@@ -127,10 +127,10 @@ def _mix_backward(
         return partial.sum(0, dtype=torch.float64)[:count].to(wide), dx
     shares = coefficients.tolist()
     sums = torch.zeros(count, dtype=torch.float64, device=dy.device)
-    for block in _blocks(dy):
-        g = dy[block].to(wide)
+    for part in _blocks(dy):
+        g = dy[part].to(wide)
         for j, (share, layer) in enumerate(zip(shares, layers, strict=True)):
-            n = layer[block].to(wide)
+            n = layer[part].to(wide)
             if normalise:
                 n, rstd = _normalised(n, eps)
             product = g * n
@@ -139,9 +139,9 @@ def _mix_backward(
                 continue
             if normalise:
                 slope = g - n * product.mean(-1, keepdim=True) - g.mean(-1, keepdim=True)
-                dx[j, block] = slope.mul_(rstd).mul_(share)
+                dx[j, part] = slope.mul_(rstd).mul_(share)
             else:
-                dx[j, block] = g * share
+                dx[j, part] = g * share
     return sums.to(wide), dx
 
 
@@ -172,17 +172,17 @@ _mix.register_autograd(_gradients, setup_context=_setup)
 def _stacked(layers: Sequence[Tensor]) -> tuple[Tensor, int, int]:
     # layers that lie in one storage at equal distances are read where they are
     first = layers[0]
-    row_stride = first.stride(0)
-    step = layers[1].storage_offset() - first.storage_offset() if len(layers) > 1 else 0
+    step = int(layers[1].storage_offset() - first.storage_offset()) if len(layers) > 1 else 0
     if all(
         x.stride() == first.stride()
         and x.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         and x.storage_offset() - first.storage_offset() == j * step
         for j, x in enumerate(layers)
     ):
-        return first, step, row_stride
+        return first, step, int(first.stride(0))
     base = torch.stack([x.contiguous() for x in layers])
-    return base, base.stride(0), base.stride(1)
+    rows, width = first.shape
+    return base, rows * width, width
 
 
 def _rows(width: int) -> int:

@@ -140,11 +140,14 @@ def _(dy: Tensor, at: Tensor, cu_seqlens: Tensor, kind: int, rows: int) -> Tenso
 def _pool_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, cu_seqlens, kind = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], cu_seqlens)
     ctx.kind, ctx.rows = kind, x.shape[0]
 
 
-def _pool_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple:
+def _pool_gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple:
+    if dy is None:
+        return None, None, None
     at, cu_seqlens = ctx.saved_tensors
     return _pool_backward(dy.contiguous(), at, cu_seqlens, ctx.kind, ctx.rows), None, None
 
@@ -197,11 +200,14 @@ def _(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 def _normalise_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(inputs[0], output[1])
     ctx.eps = inputs[1]
 
 
-def _normalise_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple:
+def _normalise_gradients(ctx: Any, dy: Tensor | None, _: Any) -> tuple:
+    if dy is None:
+        return None, None
     return _normalise_backward(dy.contiguous(), *ctx.saved_tensors, ctx.eps), None
 
 

@@ -32,16 +32,17 @@ WAYS = (
     Way("linear", "frozen + linear", {"method": "frozen", "head": {"type": "linear"}, "training": FROZEN}),
     Way("mix", "frozen + scalar mix of layers", {"method": "frozen", "head": {"type": "linear", "mix": "scalar"}, "features": {"layers": "all"}, "training": FROZEN}),
     Way("contrastive", "contrastive few-shot", {"method": "contrastive", "head": {"type": "logistic"}, "training": {"layer_decay": 1.0, "learning_rate": 5e-5, "epochs": 20, "batch_size": 32}}),
-    Way("lora", "LoRA", {"method": "lora"}),
+    Way("lora", "LoRA", {"method": "lora", "training": {"learning_rate": 5e-4}}),
     Way("full", "full fine-tuning", {"method": "full"}),
 )  # fmt: skip
 NAMES = tuple(way.name for way in WAYS)
 DEFAULT = ("majority", "tfidf", "vectors", "lstm", "logistic", "linear", "mix", "lora", "full")
+LEAST_STEPS = 60  # of a trained way: an epoch over 1% of the rows is no training
 FEW_SHOT_ROWS = 64  # a class: beyond it pairs of rows teach no more than the rows themselves
 
 
-def configured(base: RunConfig, way: Way, *, seed: int, run: str) -> RunConfig:
-    """The user's run as `way` does it. Raises ConfigError where the method is not in this version."""
+def configured(base: RunConfig, way: Way, *, seed: int, run: str, rows: int) -> RunConfig:
+    """The user's run as `way` does it on `rows` training rows. Raises ConfigError where the method is not in this version."""
     values = base.model_dump(mode="json", exclude_unset=True)
     values.setdefault("training", {})
     for section, settings in way.settings.items():
@@ -57,7 +58,10 @@ def configured(base: RunConfig, way: Way, *, seed: int, run: str) -> RunConfig:
         values.pop("features", None)
     values["run"], values["trackers"] = run, []
     values["training"] = {**values["training"], "seed": seed}
-    return parse_config(values, source=f"compare ({way.title})")
+    found = parse_config(values, source=f"compare ({way.title})")
+    # parse_config has filled in what the user left open, by method.
+    epochs = max(found.training.epochs, LEAST_STEPS * found.training.batch_size / rows)
+    return found.model_copy(update={"training": found.training.model_copy(update={"epochs": epochs})})
 
 
 def available(base: RunConfig, names: tuple[str, ...]) -> list[tuple[Way, str]]:

@@ -80,7 +80,9 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
     here = folder / way.name
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
-    config = _on_files(configured(base, way, seed=seed, run=str(here / "run")), task, rows, splits, here)
+    config = _on_files(
+        configured(base, way, seed=seed, run=str(here / "run"), rows=len(rows)), task, rows, splits, here
+    )
     from regraft.engine.training.run import train as train_run
 
     result = train_run(config, quiet=True)

@@ -121,9 +121,30 @@ def _cells(
             yield line, content, spans, chars
         elif isinstance(text, str):
             _whole(text, at(path, line, data.columns.text))
-            yield line, text, None, char_spans(label, text, place) if has_label else None
+            yield line, text, None, _apart(label, text, place, data, dropped) if has_label else None
         else:
             raise DataError(f"{at(path, line, data.columns.text)}: expected a text or a list of words, found {text!r}")
+
+
+def _apart(label: Any, text: str, place: str, data: DataConfig, dropped: dict[str, int]) -> CharSpans:
+    """The row's spans, none of which overlaps another, by the rule `data.overlap`."""
+    spans = char_spans(label, text, place)
+    overlaps = [(one, other) for one, other in zip(spans, spans[1:], strict=False) if other[0] < one[1]]
+    if not overlaps:
+        return spans
+    if data.overlap == "error":
+        one, other = overlaps[0]
+        shown = f"{text[one[0] : one[1]]!r} ({one[2]}) and {text[other[0] : other[1]]!r} ({other[2]})"
+        raise DataError(
+            f"{place}: spans overlap: {shown}, {one[0]} to {one[1]} and {other[0]} to {other[1]}; "
+            "data.overlap: longest keeps the longer one"
+        )
+    kept: list[tuple[int, int, str]] = []
+    for span in sorted(spans, key=lambda s: (s[0] - s[1], s)):
+        if all(span[1] <= other[0] or other[1] <= span[0] for other in kept):
+            kept.append(span)
+    dropped["overlapping spans"] = dropped.get("overlapping spans", 0) + len(spans) - len(kept)
+    return tuple(sorted(kept))
 
 
 def _whole(text: str, place: str) -> None:
@@ -151,7 +172,7 @@ def _tag_list(tags: Any, words: int, place: str) -> list[str]:
 def char_spans(label: Any, text: str, place: str) -> CharSpans:
     """Spans as objects with start, end and label, as lists of the three, or as {type: {surface: [[first, last]]}}.
 
-    Raises DataError for a span that is out of range, empty, or overlaps another.
+    Sorted. Raises DataError for a span that is out of range or empty.
     """
     if isinstance(label, str):
         try:
@@ -164,10 +185,6 @@ def char_spans(label: Any, text: str, place: str) -> CharSpans:
             raise DataError(
                 f"{place}: span {start} to {end} ({kind}) is {'empty' if start >= end else 'out of range'}: the text has {len(text)} characters"
             )
-    for one, other in zip(spans, spans[1:], strict=False):
-        if other[0] < one[1]:
-            shown = f"{text[one[0] : one[1]]!r} ({one[2]}) and {text[other[0] : other[1]]!r} ({other[2]})"
-            raise DataError(f"{place}: spans overlap: {shown}, {one[0]} to {one[1]} and {other[0]} to {other[1]}")
     return tuple(spans)
 
 

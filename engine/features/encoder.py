@@ -63,14 +63,21 @@ class GraftedEncoder(nn.Module):
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """As transformers' models: an output with `logits`."""
-        hidden = self.hidden(inputs)
-        mask = inputs.get("attention_mask")
-        if self.pooling == "none":
-            return SequenceClassifierOutput(logits=self._tokens(hidden, mask))
-        rows = self._pooled(hidden, mask)
-        if self.normalise:
+        hidden, mask = self.hidden(inputs), inputs.get("attention_mask")
+        head = None if self.bare else self.head
+        return SequenceClassifierOutput(logits=self.headed(head, hidden, mask, self.pooling, self.normalise))
+
+    def headed(
+        self, head: nn.Module | None, hidden: Tensor, mask: Tensor | None, pooling: str, normalise: bool
+    ) -> Tensor:
+        """A head's logits [B, C] over hidden states [1, T, J, H] or, with a mask [B, L], [B, L, J, H]; without a head
+        the features themselves."""
+        if pooling == "none":
+            return self._tokens(head, hidden, mask)
+        rows = self._pooled(hidden, mask, pooling)
+        if normalise:
             rows = nn.functional.normalize(rows, dim=-1)
-        return SequenceClassifierOutput(logits=rows.flatten(1) if self.bare or self.head is None else self.head(rows))
+        return rows.flatten(1) if head is None else head(rows)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Hidden states of the chosen layers. Shape: [1, T, J, H] packed, [B, L, J, H] padded."""
@@ -89,31 +96,31 @@ class GraftedEncoder(nn.Module):
     def depth(self) -> int:
         return int(self.backbone.config.num_hidden_layers)
 
-    def _pooled(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def _pooled(self, hidden: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
         if mask is None:
             layout = self.regraft_state.layout
             rows = hidden[0]
-            if self.pooling == "first":
+            if pooling == "first":
                 return rows.index_select(0, layout.starts)
-            if self.pooling == "mean":
+            if pooling == "mean":
                 return layout.means(rows.flatten(1)).unflatten(1, rows.shape[1:])
             cells, lengths = to_cells(rows, layout)
-        elif self.pooling == "first":
+        elif pooling == "first":
             return hidden[:, 0]
         else:
             cells, lengths = hidden, mask.sum(dim=1)
         inside = inside_of(cells, lengths)[..., None, None]
-        if self.pooling == "max":
+        if pooling == "max":
             return torch.where(inside, cells, -torch.inf).amax(dim=1)
         return (cells * inside).sum(dim=1) / lengths[:, None, None].to(cells.dtype)
 
-    def _tokens(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        if self.bare or self.head is None:
+    def _tokens(self, head: nn.Module | None, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        if head is None:
             rows = hidden[0] if mask is None else hidden[mask.bool()]
             return rows.flatten(1)
         if mask is None:
-            return self.head(*to_cells(hidden[0], self.regraft_state.layout))
-        return self.head(hidden, mask.sum(dim=1))
+            return head(*to_cells(hidden[0], self.regraft_state.layout))
+        return head(hidden, mask.sum(dim=1))
 
     def _hook(self) -> bool:
         # Where the layers stand in one list: its first layer's input is layer 0, each output the next one.

@@ -88,7 +88,7 @@ class Shard:
     def _compare(self, *names: str) -> None:
         sums = json.loads(self.header["__metadata__"]["crc32"])
         for name in names:
-            if zlib.crc32(np.ascontiguousarray(self.array(name)).reshape(-1).view(np.uint8)) != sums[name]:
+            if zlib.crc32(np.ascontiguousarray(self.array(name)).reshape(-1).view(np.uint8).data) != sums[name]:
                 raise _corrupt(self.path, f"the checksum of its {name} is wrong")
 
 
@@ -130,7 +130,7 @@ def write_shard(
     from safetensors.torch import save
 
     arrays = {"keys": _tensor(keys), "lengths": _tensor(lengths.astype(np.int32)), **stored(features, precision)}
-    sums = {name: zlib.crc32(_bytes(value)) for name, value in arrays.items()}
+    sums = {name: zlib.crc32(_bytes(value).data) for name, value in arrays.items()}
     about = {"format": str(FORMAT), "pooled": "yes" if pooled else "no", "crc32": json.dumps(sums)}
     path = folder / f"{uuid.uuid4().hex[:16]}.safetensors"
     write_bytes(path, [save(arrays, about)])

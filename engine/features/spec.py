@@ -133,10 +133,11 @@ def model_folder(config: RunConfig) -> Path:
         raise ModelError(f"model.name: {name}: no such folder here, and the hub did not give it ({error})") from None
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(folder: Path, *, leave_out: str = "") -> str:
     """sha256 over the encoder's weight files and config.json; kept by path, size and time, so that 2 GB of weights
     are not read again before every run. Raises ModelError where there are no weights."""
-    files = next((found for pattern in WEIGHT_FILES if (found := sorted(folder.glob(pattern)))), [])
+    kinds = ([f for f in sorted(folder.glob(pattern)) if f.name != leave_out] for pattern in WEIGHT_FILES)
+    files = next(filter(None, kinds), [])
     if not files:
         raise ModelError(f"{folder}: no weights; looked for {', '.join(WEIGHT_FILES)}")
     files = [*files, folder / "config.json"]

@@ -105,7 +105,6 @@ class ContrastiveRun(_Run):
         self.running = running_encoder(
             self.model, self.data.tokenizer.pad_token_id, packing=config.model.packing, kernels=config.model.kernels
         )
-        self.vocabulary = None
         limit = training.max_steps
         self.plan = PairPlan(
             len(train.rows),

@@ -5,13 +5,15 @@ All end as one linear layer, so they are saved, exported and served like a train
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from regraft.engine.config import HeadConfig
 from regraft.engine.errors import DataError
 from regraft.engine.heads.head import Head
+from regraft.engine.heads.settings import HeadConfig
 from regraft.engine.tasks import Task
 
 COSINE_SCALE = 20.0  # logits = 20 * cosine: a soft-max over cosines alone would call everything undecided
@@ -58,7 +60,7 @@ def _binary(x: np.ndarray, positive: np.ndarray, weights: np.ndarray, config: He
     return torch.from_numpy(solved.coef_[0].astype(np.float32)), torch.tensor(float(solved.intercept_[0]))
 
 
-def _solver(config: HeadConfig) -> object:
+def _solver(config: HeadConfig) -> Any:
     if config.type == "svm":
         from sklearn.svm import LinearSVC
 

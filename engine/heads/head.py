@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.config import HeadConfig
 from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions, Perceptron
 from regraft.engine.heads.combine import Concatenation, ScalarMix, Standardise
+from regraft.engine.heads.settings import HeadConfig
 
 FITTED = frozenset({"logistic", "svm", "centroid", "zeroshot"})  # solved at once, then linear
 ON_THE_SPHERE = frozenset({"centroid", "zeroshot"})  # compare directions
@@ -81,6 +81,13 @@ class Head(nn.Module):
     @property
     def mix(self) -> ScalarMix | None:
         return self.combine if isinstance(self.combine, ScalarMix) else None
+
+    @torch.no_grad()
+    def start_at(self, scale: tuple[float, float] | None) -> None:
+        """Begin at the mean of numeric targets, with their spread; None leaves the layer as it was drawn."""
+        if scale is not None:
+            self.logits.bias.fill_(scale[0])
+            self.logits.weight.mul_(scale[1])
 
     @torch.no_grad()
     def set_linear(self, weight: Tensor, bias: Tensor) -> None:

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from regraft.engine.config import TrainingConfig
 from regraft.engine.data.rows import Rows
 from regraft.engine.features.extract import features_of
 from regraft.engine.features.rows import FeatureRows
 from regraft.engine.features.spec import feature_spec, model_folder
+from regraft.engine.heads.adamw import FusedAdamW
 from regraft.engine.heads.fitted import describe, fit
 from regraft.engine.heads.head import FITTED, ON_THE_SPHERE, Head, build_head
 from regraft.engine.heads.local import LocalProcess
 from regraft.engine.heads.model import load_head, save_grafted, save_head
 from regraft.engine.heads.order import RANDOM_BELOW
 from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan, examples_of
-from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
+from regraft.engine.training.optimizer import AveragedWeights, build_optimizer, parameter_groups
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import StepInfo, _Run
 from regraft.engine.training.setup import Prepared, set_threads
@@ -67,15 +69,15 @@ class FrozenRun(_Run):
         torch.manual_seed(training.seed)
         head = build_head(self.config.head, len(self.spec.layers), self.spec.hidden, self.data.task.outputs)
         self.fitted = self.config.head.type in FITTED
+        head.start_at(self.data.task.scale)
         self.fit_scale(head, features)
         self.head = head
         self.running = FeatureHead(head).to(self.accelerator.device)  # type: ignore[assignment]
-        self.vocabulary = None
         limit = 1 if self.fitted else training.max_steps
         self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, limit)
         if features.bytes > RANDOM_BELOW:
             self.plan = block_plan(self.plan, features)
-        self.optimizer = build_optimizer(head, training)
+        self.optimizer = head_optimizer(head, training)
         self.parameters = list(head.parameters())
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema and not self.fitted else None
         self.stepper = HeadStepper(
@@ -166,6 +168,13 @@ class FrozenRun(_Run):
             return {}
         shares = [{"layer": n, "weight": w} for n, w in zip(self.spec.layers, mix.shares(), strict=True)]
         return {"layer_weights": {"gamma": float(mix.gamma.detach()), "layers": shares}}
+
+
+def head_optimizer(head: torch.nn.Module, training: TrainingConfig) -> Any:
+    """The configured optimizer; plain AdamW without torch.optim."""
+    if training.optimizer != "adamw":
+        return build_optimizer(head, training)
+    return FusedAdamW(parameter_groups(head, training), betas=training.betas, eps=training.epsilon)
 
 
 def accelerator_for(config: Any) -> Any:

@@ -112,9 +112,9 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 def adapt(model: Any, config: RunConfig, precision: str = "fp32") -> Adaptation:
     """Apply `config.method` to a freshly loaded model. Raises ModelError where the two do not fit."""
     method = config.method
-    if method in ADAPTERS and getattr(model, "_tied_weights_keys", None) and config.task.type == "mlm":
+    if method in ADAPTERS and model.get_output_embeddings() is not None:
         raise ModelError(
-            f"method: {method}: the head's weights are the word embedding's; use method: full for task mlm"
+            f"method: {method}: the head's weights are the word embedding's; use method: full for this task"
         )
     print_of_backbone = None
     if method in ADAPTERS:

@@ -8,15 +8,13 @@ from pydantic import Field
 
 from regraft.engine.section import Section
 
-METHODS = ("full", "frozen", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
 # Methods whose result is a small folder beside the backbone; the others save a whole model.
-ADAPTERS = frozenset({"lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix"})
+ADAPTERS = frozenset({"lora", "qlora", "int8", "ia3", "adapter"})
 # Methods that only one kind of section has a say in.
 SECTIONS = {
     "lora": {"lora", "qlora", "int8"},
     "quantise": {"qlora", "int8"},
     "adapter": {"adapter"},
-    "prompt": {"prompt", "prefix"},
     "unfreeze": {"full", "bitfit"},
 }
 Positive = Annotated[int, Field(ge=1)]
@@ -55,15 +53,6 @@ class AdapterSettings(Section):
     size: int | None = Field(None, ge=1, description="bottleneck size; null and no reduction: 64")
     nonlinearity: Literal["relu", "gelu", "tanh", "silu", "identity"] = "gelu"
     dropout: float = Field(0.0, ge=0, lt=1)
-
-
-class PromptSettings(Section):
-    """Virtual tokens: before the words (Lester et al. 2021), or as keys and values of every layer (Li, Liang 2021)."""
-
-    tokens: Positive = 20
-    init: Literal["vocabulary", "random"] = Field(
-        "vocabulary", description="prompt: rows of the word embedding, or noise"
-    )
 
 
 class UnfreezeSettings(Section):

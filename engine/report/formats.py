@@ -17,9 +17,22 @@ METRIC_NAMES = {
     "mse": "Mean squared error",
     "mae": "Mean absolute error",
     "loss": "Loss",
+    "f1": "F1",
+    "strict_f1": "Strict F1",
+    "answerable_f1": "F1 where there is an answer",
+    "exact_match": "Exact match",
+    "quadratic_kappa": "Quadratic kappa",
 }
-SHARES = {"accuracy", "macro_f1", "micro_f1", "subset_accuracy", "precision", "recall", "f1"}
-ERRORS = {"loss", "mse", "mae"}
+SHARES = {"accuracy", "macro_f1", "micro_f1", "subset_accuracy", "precision", "recall", "f1"} | {
+    "strict_f1",
+    "exact_match",
+    "answerable_f1",
+    "no_answer_accuracy",
+    "trivial_accuracy",
+    "sentence_accuracy",
+    "trivial_sentence_accuracy",
+}
+ERRORS = {"loss", "mse", "mae", "perplexity"}
 
 
 def metric_name(name: str) -> str:

@@ -16,9 +16,19 @@ METHODS = {
     "scratch": "A network trained from scratch",
     "lora": "{model} fine-tuned with LoRA",
     "qlora": "{model} fine-tuned with LoRA on 4-bit weights",
+    "int8": "{model} fine-tuned with LoRA on 8-bit weights",
+    "ia3": "{model} fine-tuned with (IA)^3",
+    "bitfit": "The biases of {model} fine-tuned",
     "adapter": "{model} fine-tuned with adapters",
 }
-TASKS = {"classification": "classification", "multilabel": "multi-label classification", "regression": "regression"}
+TASKS = {
+    "multilabel": "multi-label classification",
+    "tagging": "token labelling",
+    "answering": "question answering",
+    "mlm": "masked language modelling",
+    "choice": "multiple choice",
+    "ordinal": "ordinal regression",
+}
 NAMED_AFTER = {"matthews", "pearson", "spearman"}  # people keep their capital
 
 

@@ -14,9 +14,13 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, nearest
 from regraft.engine.tasks.answering import Answering
 from regraft.engine.tasks.base import Prediction, Task
+from regraft.engine.tasks.choice import Choice
 from regraft.engine.tasks.classification import Classification
+from regraft.engine.tasks.mlm import MaskedLanguage
 from regraft.engine.tasks.multilabel import MultiLabel
+from regraft.engine.tasks.ordinal import Ordinal
 from regraft.engine.tasks.regression import Regression
+from regraft.engine.tasks.several import Several
 from regraft.engine.tasks.tagging import Tagging
 
 if TYPE_CHECKING:
@@ -24,8 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answering",
+    "Choice",
     "Classification",
+    "MaskedLanguage",
     "MultiLabel",
+    "Ordinal",
     "Prediction",
     "Regression",
     "Tagging",
@@ -39,8 +46,12 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "multilabel": MultiLabel,
     "regression": Regression,
+    "several": Several,
     "tagging": Tagging,
     "answering": Answering,
+    "mlm": MaskedLanguage,
+    "choice": Choice,
+    "ordinal": Ordinal,
 }
 
 

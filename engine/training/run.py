@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from regraft.engine.config import WORD_METHODS, RunConfig, config_hash
+from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
+from regraft.engine.heads.settings import WORD_METHODS
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
@@ -84,6 +85,10 @@ def recipe_of(config: RunConfig) -> type[_Run]:
 class _Run:
     """One run's parts. `go` is the recipe."""
 
+    # What `build` sets where a method uses it.
+    vocabulary: Any = None
+    unfreezing: Any = None
+
     def __init__(
         self,
         config: RunConfig,
@@ -98,6 +103,8 @@ class _Run:
             self.prepare()
             self.build()
         self.resume()
+        if self.state.step == 0:
+            self.stepper.rehearse(self.config.training.batch_size)
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
             while self.state.step < self.plan.total_steps and not self.state.stopped_early:

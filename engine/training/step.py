@@ -55,19 +55,7 @@ class Stepper:
 
     def __call__(self, step: int, rows: np.ndarray) -> StepResult:
         """Take step number `step` over the units `rows`."""
-        while True:
-            try:
-                loss = self._gradients(step, rows)
-                break
-            except torch.OutOfMemoryError:
-                longest = int(self.examples.lengths[rows].max())
-                if self.token_budget <= longest:
-                    raise
-                self.token_budget = max(longest, self.token_budget // 2)
-                self.clear()
-                if self.graphed is not None:
-                    self.graphed.forget()
-                torch.cuda.empty_cache()
+        loss = self.gradients(step, rows)
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
@@ -80,6 +68,30 @@ class Stepper:
             scaler.update()
         self.clear()
         return StepResult(loss, value, int(self.examples.lengths[rows].sum()), applied)
+
+    def gradients(self, step: int, rows: np.ndarray) -> float:
+        """The step's gradients, with a smaller token budget from the time on when memory ran out; its loss."""
+        while True:
+            try:
+                return self._gradients(step, rows)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                longest = int(self.examples.lengths[rows].max())
+                if self.token_budget <= longest:
+                    raise
+                self.token_budget = max(longest, self.token_budget // 2)
+                self.clear()
+                if self.graphed is not None:
+                    self.graphed.forget()
+                torch.cuda.empty_cache()
+
+    def rehearse(self, batch_size: int) -> None:
+        """Forward and backward of the largest step there can be, forgotten again: what would run out of memory late
+        in an epoch does so now. Changes neither weights nor any later random number."""
+        rows = np.argsort(-self.examples.lengths, kind="stable")[:batch_size]
+        self.gradients(0, np.sort(rows))
+        self.clear()
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -126,6 +138,11 @@ class Stepper:
         if accelerator.num_processes > 1:
             lost = accelerator.reduce(lost, reduction="mean")
         return float(lost)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no memory left; the host's allocator says so in an error of no type of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def step_seed(seed: int, step: int, process: int, part: int) -> int:

@@ -41,18 +41,18 @@ class WordsRun(_Run):
         splits, notes = {}, {}
         for name, (rows, targets) in parts.items():
             store = tokenize(rows, tokenizer, limit)
+            tokens, unknown = int(store.lengths.sum()), int((store.ids == UNKNOWN).sum())
             splits[name] = Examples(rows, store, targets, task.weights(targets))
             notes[name] = {
                 "path": rows.path,
                 "rows": len(rows),
                 "dropped": dict(rows.dropped),
                 "truncated_rows": store.truncated,
-                "tokens": int(store.lengths.sum()),
-                "unknown_tokens": int((store.ids == UNKNOWN).sum()),
+                "tokens": tokens,
+                "unknown_tokens": unknown,
                 "labels": task.label_counts(targets),
             }
-            share = notes[name]["unknown_tokens"] / max(1, notes[name]["tokens"])
-            self.say(f"{name:5} {len(rows):,} rows, {notes[name]['tokens']:,} {self.unit}s, {share:.1%} unknown")
+            self.say(f"{name:5} {len(rows):,} rows, {tokens:,} {self.unit}s, {unknown / max(1, tokens):.1%} unknown")
         self.data = Prepared(task, tokenizer, limit, splits, notes)
 
     def choose_words(self, texts: list[str]) -> list[str]:
@@ -91,12 +91,12 @@ class WordsRun(_Run):
         dimension = self.vectors.dimension if self.vectors else config.words.dimension
         size = self.data.tokenizer.backend.get_vocab_size()
         head = build_head(config.head, 1, dimension, self.data.task.outputs)
+        head.start_at(self.data.task.scale)
         learned = config.words.trained or self.vectors is None
         self.model = word_model(size, dimension, head, trained=learned)
         self.fill(self.model.backbone.embedding.weight)
         self.running = running_words(self.model)
         self.running.to(self.accelerator.device)
-        self.vocabulary = None
         self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, training.max_steps)
         self.optimizer = build_optimizer(self.model, training)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]

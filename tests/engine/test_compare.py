@@ -38,7 +38,7 @@ def test_advice_names_the_cheapest_of_those_that_cannot_be_told_apart():
         result("poor", [0.5, 0.5], 0.1),
     ]
     said = advice(close, "accuracy", True)
-    assert said.startswith("Use cheap: accuracy 90.2")
+    assert said.startswith("Use cheap: accuracy 90.3")
     assert "noise" in said
     assert "100 times the training time" in said
     clear = [result("cheap", [0.80, 0.805], 1.0), result("dear", [0.912, 0.908], 100.0)]
@@ -83,13 +83,13 @@ def test_the_command_prints_a_table_and_leaves_a_page(make_config, write_rows, t
         features={"store": str(tmp_path / "store")},
         training={"epochs": 1, "threads": 1, "precision": "fp32", "learning_rate": 1e-3, "batch_size": 16},
     )
-    ways = "majority,tfidf,logistic,contrastive,vectors,full"
+    ways = "majority,tfidf,logistic,vectors,full"
     done = regraft("compare", path, "--budget", "5m", "--seeds", "1", "--shares", "0.25", "--ways", ways, timeout=280)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run-compare" / "compare.json").read_text())
     by_name = {w["name"]: w for w in found["ways"]}
     assert by_name["vectors"]["why"] == "words.vectors names no file"
-    for name in ("majority", "tfidf", "logistic", "contrastive", "full"):
+    for name in ("majority", "tfidf", "logistic", "full"):
         way = by_name[name]
         assert [p["share"] for p in way["points"]][-1] == 1.0, (name, way, done.stderr)
         assert way["memory_mb"] > 10
@@ -107,7 +107,7 @@ def test_the_command_prints_a_table_and_leaves_a_page(make_config, write_rows, t
 def test_the_budget_is_kept(make_config, tmp_path):
     config = load_config(make_config(training={"epochs": 5000, "threads": 1}))
     began = time.monotonic()
-    (slow,) = compare(config, ("full",), budget=8.0, seeds=1, shares=[1.0])
+    (slow,) = compare(config, ("full",), budget=5.0, seeds=1, shares=[1.0])
     assert time.monotonic() - began < 25
     assert "stopped" in slow.why
     assert not slow.complete

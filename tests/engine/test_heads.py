@@ -11,13 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import sentences
-from regraft.engine.config import HeadConfig, load_config
+from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError
 from regraft.engine.export import export_bundle
 from regraft.engine.features.rows import FeatureBatch
 from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions
 from regraft.engine.heads.combine import ScalarMix
 from regraft.engine.heads.head import build_head
+from regraft.engine.heads.settings import HeadConfig
 from regraft.engine.predict import predict
 from regraft.engine.trained import load_trained
 from regraft.engine.training.run import train
@@ -98,12 +99,11 @@ def test_every_head_learns_and_answers_texts_as_it_did_stored_features(frozen, h
     assert right == pytest.approx(result.metrics["dev"]["accuracy"], abs=1e-9)
 
 
-@pytest.mark.parametrize(("head", "layout"), [("bilstm", "packed"), ("attention", "padded")])
-def test_encoder_and_head_export_to_one_bundle_that_serves(frozen, tmp_path, head, layout):
+def test_encoder_and_head_export_to_one_bundle_that_serves(frozen, tmp_path):
     from regraft.serve.session import Session
 
-    result = frozen(f"head.type={head}", "head.hidden=8", "features.layers=all", "training.max_steps=5")
-    report = export_bundle(result.folder, tmp_path / "bundle", layout=layout)
+    result = frozen("head.type=attention", "head.hidden=8", "features.layers=all", "training.max_steps=5")
+    report = export_bundle(result.folder, tmp_path / "bundle", layout="padded")
     assert "logits differ by at most" in report
     session = Session(tmp_path / "bundle", threads=1, warm_tokens=64)
     texts = ["good film", "bad slow dull plot and a very long story " * 4, "x"]
@@ -182,7 +182,82 @@ def test_heads_that_do_not_fit_the_task_are_refused(make_config):
             load_config(path)
 
 
+def test_heads_are_updated_as_torchs_adamw_would():
+    from regraft.engine.heads.adamw import FusedAdamW
+
+    weights = [
+        [torch.nn.Parameter(torch.linspace(-1, 1, 6).view(2, 3)), torch.nn.Parameter(torch.ones(3))] for _ in "ab"
+    ]
+    settings = [{"lr": 1e-2, "weight_decay": 0.1}, {"lr": 3e-2, "weight_decay": 0.0}]
+    groups = [[{"params": [w], **s} for w, s in zip(some, settings, strict=True)] for some in weights]
+    ours = FusedAdamW(groups[0], betas=(0.9, 0.99), eps=1e-8)
+    theirs = torch.optim.AdamW(groups[1], betas=(0.9, 0.99), eps=1e-8, fused=True)
+    for step in range(5):
+        for optimizer, some in ((ours, weights[0]), (theirs, weights[1])):
+            for w in some:
+                w.grad = torch.sin(w.detach() * (step + 1))
+            optimizer.grad_scale = torch.tensor(3.0) if step == 2 else None
+            optimizer.step()
+        if step == 3:  # and goes on from what it saved
+            state = ours.state_dict()
+            ours = FusedAdamW(groups[0], betas=(0.9, 0.99), eps=1e-8)
+            ours.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
 def test_several_layers_side_by_side_widen_the_last_layer():
     config = HeadConfig(mix="concat")
     assert build_head(config, layers=4, hidden=8, outputs=3).logits.weight.shape == (3, 32)
     assert build_head(HeadConfig(), layers=4, hidden=8, outputs=3).logits.weight.shape == (3, 8)
+
+
+def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen, tmp_path):
+    import onnx
+
+    from regraft.engine.errors import ExportError
+    from regraft.serve.session import Session
+
+    one = frozen("head.type=bilstm", "head.hidden=8", "training.max_steps=5", folder="topic").folder
+    two = frozen("head.type=logistic", "features.layers=[0,2]", folder="mood").folder
+    report = export_bundle([one, two], tmp_path / "both")
+    assert "heads: topic, mood; the encoder runs once" in report
+    session = Session(tmp_path / "both", threads=1, warm_tokens=64)
+    texts = ["good film", "bad slow dull plot and a very long story " * 4]
+    for text, answer in zip(texts, session.decode(session.run(session.tokenize(texts))), strict=True):
+        shown = session.task.answer(answer, 2)["heads"]
+        for folder in (one, two):
+            (alone,) = predict(load_trained(folder), [(text, None)])
+            assert shown[folder.name]["scores"] == pytest.approx(dict(alone.prediction.scores), abs=1e-4)
+    products = [n.op_type for n in onnx.load(tmp_path / "both" / "model.onnx").graph.node].count("Softmax")
+    assert products == 2  # one attention a layer of the two
+    other = frozen("model.max_length=20", "training.max_steps=2", folder="other").folder
+    with pytest.raises(ExportError, match="not the same max_length"):
+        export_bundle([one, other], tmp_path / "none")
+
+
+def test_pairs_of_few_rows_pull_the_classes_apart(frozen):
+    from regraft.engine.heads.contrastive import PairPlan, pair_loss
+
+    result = frozen("method=contrastive", "data.limit=64", "training.epochs=10", "training.learning_rate=1e-3")
+    assert result.metrics["dev"]["accuracy"] > 0.7
+    assert (result.folder / "best" / "head.safetensors").is_file()
+    texts = [t for t, _ in sentences(100, 8)]
+    answers = predict(load_trained(result.folder), [(t, None) for t in texts])
+    right = np.mean([a.prediction.label == label for a, (_, label) in zip(answers, sentences(100, 8), strict=True)])
+    assert right == pytest.approx(result.metrics["dev"]["accuracy"], abs=1e-9)
+    targets = np.arange(60) % 6
+    order = PairPlan(60, 12, 3, 1.0, targets=targets).order(0)
+    assert sorted(order) == list(range(60))
+    assert max(np.bincount(targets[order[:12]])) >= 4
+    rows = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0]])  # cosines 0.6 (same), 0.0 and 0.8 (others)
+    assert float(pair_loss(rows, torch.tensor([0, 0, 1]))) == pytest.approx((0.16 + 0.32) / 2)
+
+
+def test_a_regression_starts_at_the_mean_of_its_targets_and_learns(make_config, tmp_path):
+    rows = [(t, 50 + 4 * sum(w in {"good", "fine"} for w in t.split())) for t, _ in sentences(200, 3)]
+    (tmp_path / "n.csv").write_text("text,label\n" + "".join(f"{t},{v}\n" for t, v in rows))
+    sections = {"task": {"type": "regression"}, "data": {"train": str(tmp_path / "n.csv"), "dev": None}}
+    path = make_config(method="frozen", features={"layers": "embeddings"}, **sections)
+    result = train(load_config(path, ["training.epochs=20", "training.learning_rate=1e-2"]), quiet=True)
+    assert result.metrics["dev"]["pearson"] > 0.5
+    assert result.metrics["dev"]["mae"] < 5

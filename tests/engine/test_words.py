@@ -176,6 +176,7 @@ def test_vectors_stay_as_they_are_unless_they_are_trained(words_run, tmp_path, c
 def test_missing_vectors_are_asked_for(make_config):
     with pytest.raises(ConfigError, match=r"words.vectors: missing"):
         load_config(make_config(method="vectors"))
+    assert load_config(make_config(method="scratch", model={"max_length": 9})).model.max_length == 9
     with pytest.raises(ConfigError, match=r"head.type: logistic is solved on stored features"):
         load_config(make_config(method="scratch", head={"type": "logistic"}))
 

@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from checking import DEVICE, each_dtype, fresh, poisoned
+from checking import DEVICE, both_forms, each_dtype, fresh, poisoned
 from regraft.kernels import crf
 from regraft.kernels.choice import forced
-
-FORMS = pytest.mark.parametrize("form", ["reference"])
 
 
 def packed(lengths: list[int]) -> Tensor:
@@ -65,7 +63,7 @@ def plain_gold(e: Tensor, tags: Tensor, cu: Tensor, a: Tensor, start: Tensor, en
     return torch.stack(out)
 
 
-@FORMS
+@both_forms
 @pytest.mark.parametrize("forbidden", [None, float("-inf"), -1e4])
 def test_it_agrees_with_every_path_counted_out(form, forbidden):
     lengths, states = [3, 1, 0, 4, 2], 3
@@ -95,19 +93,20 @@ def test_it_agrees_with_every_path_counted_out(form, forbidden):
         assert float(best_score[b]) == pytest.approx(float(scores.max()), abs=1e-9)
 
 
-@FORMS
+@both_forms
 def test_gradients_are_those_of_finite_differences(form):
-    cu = packed([3, 1, 0, 4])
-    tags = torch.randint(3, (8,), device=DEVICE)
-    inputs = [x.requires_grad_() for x in parameters(8, 3)]
+    cu = packed([2, 1, 0, 3])
+    tags = torch.randint(3, (6,), device=DEVICE)
+    inputs = [x.requires_grad_() for x in parameters(6, 3)]
     with forced(form), poisoned():
-        assert torch.autograd.gradcheck(lambda e, *rest: crf.log_likelihood(e, tags, cu, *rest), inputs)
-        assert torch.autograd.gradcheck(lambda e, *rest: crf.log_partition(e, cu, *rest), inputs)
+        fast = form == "triton"  # along random directions, where every call is interpreted
+        assert torch.autograd.gradcheck(lambda e, *rest: crf.log_likelihood(e, tags, cu, *rest), inputs, fast_mode=fast)
+        assert torch.autograd.gradcheck(lambda e, *rest: crf.log_partition(e, cu, *rest), inputs, fast_mode=fast)
 
 
-@FORMS
+@both_forms
 @each_dtype
-@pytest.mark.parametrize("lengths, states", [([33, 1, 0, 97, 5], 9), ([1], 1), ([40, 7], 23)])
+@pytest.mark.parametrize("lengths, states", [([5, 1, 0, 33], 9), ([1], 1), ([11, 7], 23)])
 def test_error_is_at_most_twice_that_of_plain_torch_in_the_same_dtype(form, dtype, lengths, states):
     cu, tags = packed(lengths), torch.randint(states, (sum(lengths),), device=DEVICE)
     inputs = [x.to(dtype).double() for x in parameters(sum(lengths), states, scale=3.0)]
@@ -132,7 +131,21 @@ def test_error_is_at_most_twice_that_of_plain_torch_in_the_same_dtype(form, dtyp
         assert error <= 2 * max(theirs, rounding), f"{label}: {error:.3g}, plain torch's {theirs:.3g}"
 
 
-@FORMS
+@both_forms
+def test_rounding_does_not_grow_with_the_length(form):
+    # Every position's marginals are a distribution, and a long sequence's are as exact as a short one's.
+    cu = packed([97])
+    inputs = parameters(97, 5, scale=20.0)
+    inputs = [x.float().double() for x in inputs]
+    with forced("reference"):
+        wanted = crf.marginals(inputs[0], cu, *inputs[1:])
+    with forced(form):
+        found = crf.marginals(inputs[0].float(), cu, *(x.float() for x in inputs[1:]))
+    assert float((found.double() - wanted).abs().max()) < 2e-5
+    torch.testing.assert_close(found.sum(1), torch.ones_like(found[:, 0]), rtol=0, atol=1e-6)
+
+
+@both_forms
 def test_far_apart_scores_lose_no_path_to_underflow(form):
     # The only way on is through a state 2000 nats below the best one, as a strong mask or a sure emission makes it.
     e = torch.tensor([[0.0, -2000.0], [0.0, 0.0], [-3000.0, 0.0]], dtype=torch.float64, device=DEVICE)
@@ -150,7 +163,7 @@ def test_far_apart_scores_lose_no_path_to_underflow(form):
         torch.testing.assert_close(x.grad, y.grad)
 
 
-@FORMS
+@both_forms
 def test_what_is_forbidden_has_no_gradient_and_a_sequence_without_a_path_says_so(form):
     states, cu = 4, packed([5, 3])
     e, a, start, end = parameters(8, states)
@@ -167,7 +180,7 @@ def test_what_is_forbidden_has_no_gradient_and_a_sequence_without_a_path_says_so
     assert not e.grad[5:].any()
 
 
-@FORMS
+@both_forms
 def test_zero_rows_and_zero_sequences_give_zeros(form):
     e, a, start, end = (x.requires_grad_() for x in parameters(0, 3))
     none = torch.zeros(0, dtype=torch.int64, device=DEVICE)
@@ -182,10 +195,10 @@ def test_zero_rows_and_zero_sequences_give_zeros(form):
     assert scores.tolist() == [0.0]
 
 
-@FORMS
+@both_forms
 def test_two_runs_give_the_same_bits(form):
-    cu, tags = packed([50, 3, 20]), torch.randint(9, (73,), device=DEVICE)
-    inputs = [x.float() for x in parameters(73, 9)]
+    cu, tags = packed([12, 3, 9]), torch.randint(9, (24,), device=DEVICE)
+    inputs = [x.float() for x in parameters(24, 9)]
 
     def run() -> list[Tensor]:
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -198,7 +211,7 @@ def test_two_runs_give_the_same_bits(form):
             assert torch.equal(x, y)
 
 
-@FORMS
+@both_forms
 def test_the_operators_are_registered_whole_and_compile_without_a_break(form):
     cu, tags = packed([3, 2]), torch.randint(4, (5,), device=DEVICE)
     e, a, start, end = (x.float().requires_grad_() for x in parameters(5, 4))

@@ -34,7 +34,7 @@ def some_targets(count: int, vocabulary: int, ignored: int = 0) -> torch.Tensor:
 @both_forms
 @each_dtype
 @pytest.mark.parametrize(
-    "tokens, width, vocabulary, chunk, smoothing", [(200, 64, 997, 16, 0.0), (97, 384, 1000, None, 0.1), (1, 32, 2, 1, 0.0)]
+    "tokens, width, vocabulary, chunk, smoothing", [(120, 64, 997, 16, 0.0), (97, 384, 1000, None, 0.1), (1, 32, 2, 1, 0.0)]
 )  # fmt: skip
 def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, tokens, width, vocabulary, chunk, smoothing):
     values = [x.to(dtype).double() for x in inputs(tokens, width, vocabulary)]
@@ -126,11 +126,11 @@ def test_fp32_weights_serve_bf16_rows(form):
 
 @both_forms
 def test_two_runs_give_the_same_bits(form):
-    leaves = [x.float().requires_grad_() for x in inputs(50, 16, 99)]
-    targets = some_targets(50, 99, ignored=7)
+    leaves = [x.float().requires_grad_() for x in inputs(20, 16, 99)]
+    targets = some_targets(20, 99, ignored=3)
 
     def run() -> list[torch.Tensor]:
-        loss = masked_cross_entropy(*leaves, targets, chunk_rows=16)
+        loss = masked_cross_entropy(*leaves, targets, chunk_rows=8)
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
     same_bits_twice(run, form)

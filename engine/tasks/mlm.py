@@ -1,0 +1,413 @@
+"""Masked language modelling, from scratch or continued, with or without a task over pairs of sentences.
+
+What is hidden is drawn anew each time a sequence is seen. The head over the vocabulary computes the hidden tokens'
+rows and no others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regraft.engine.data.rows import Rows
+from regraft.engine.data.tokens import TokenStore
+from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.examples import Examples
+from regraft.engine.tasks.base import MARKED, Metrics, Outputs, Prediction, Span, Task
+from regraft.engine.tasks.classification import softmax
+from regraft.engine.tasks.documents import Part, full_length, pairs, sentence_starts
+from regraft.engine.tasks.masking import choose, hide
+from regraft.engine.tasks.windows import Pieces, StoreBuilder, pieces_of, template
+from regraft.engine.tasks.words import words_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regraft.engine.config import DataConfig, TaskConfig
+    from regraft.engine.data.fast_tokenizer import FastTokenizer
+
+MASKS = ("[MASK]", "<mask>")
+SHOWN = 5
+
+
+class MaskedLanguage(Task):
+    type = "mlm"
+    reads = MARKED
+    labels = ()
+    metrics_known = ("perplexity", "loss", "accuracy", "sentence_accuracy")
+    smaller_is_better = ("perplexity", "loss")
+
+    def __init__(
+        self, *, share: float = 0.15, masking: str = "word", sentences: str = "none", metric: str | None = None
+    ) -> None:
+        self.share, self.masking, self.sentences = share, masking, sentences
+        self.auto_model = "AutoModelForMaskedLM" if sentences == "none" else "AutoModelForPreTraining"
+        self.metric = metric or "perplexity"
+        if self.metric not in self.metrics_known:
+            raise ConfigError(f"task.metric: {metric!r} is not a figure of mlm: {', '.join(self.metrics_known)}")
+        self._backend: Any = None
+        self._pair_weight = 1.0  # masked tokens a pair has on average: both losses are means
+
+    @classmethod
+    def read(
+        cls, path: str, data: DataConfig, *, split: str, need_labels: bool = True, limit: int | None = None
+    ) -> Rows:
+        return read_documents(path, data, split=split, limit=limit)
+
+    @classmethod
+    def take(cls, item: Mapping[str, Any]) -> tuple[str, Any]:
+        if item.get("text_pair") is not None:
+            raise ValueError("text_pair: this task takes one text")
+        return super().take(item)
+
+    @classmethod
+    def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> MaskedLanguage:
+        return cls(share=config.mask_share, masking=config.masking, sentences=config.sentences, metric=config.metric)
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> MaskedLanguage:
+        return cls(**{key: spec[key] for key in ("share", "masking", "sentences", "metric")})
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "labels": [],
+            "share": self.share,
+            "masking": self.masking,
+            "sentences": self.sentences,
+            "metric": self.metric,
+        }
+
+    @property
+    def outputs(self) -> int:
+        return 0  # as many as the vocabulary has
+
+    def encode(
+        self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
+
+    def weights(self, targets: np.ndarray) -> np.ndarray:
+        return np.ones(len(targets), dtype=np.float32)
+
+    # -- documents to sequences ----------------------------------------------------------------------------------------
+
+    def examples(
+        self,
+        rows: Rows,
+        tokenizer: FastTokenizer,
+        max_length: int,
+        *,
+        label_column: str | int = "label",
+        unknown: str = "error",
+        labelled: bool = True,
+    ) -> Examples:
+        self._backend = tokenizer.backend
+        if mask_token(tokenizer.backend) is None:
+            raise ConfigError(f"task.type: mlm: the tokenizer has no mask token; looked for {' and '.join(MASKS)}")
+        if not labelled:
+            return self._to_fill(rows, tokenizer, max_length)
+        tokens = pieces_of(tokenizer, rows.texts, rows.where)
+        words = [_words(text, pieces) for text, pieces in zip(rows.texts, tokens, strict=True)]
+        made = self._full(rows, tokenizer, max_length, tokens, words) if self.sentences == "none" else None
+        made = made or self._pairs(rows, tokenizer, max_length, tokens, words)
+        if not len(made):
+            raise DataError(f"{rows.path}: no document has two sentences, so there are no pairs (task.sentences)")
+        self._pair_weight = max(1.0, self.share * float((made.words >= 0).sum()) / len(made.store))  # type: ignore[operator]
+        return made
+
+    def _full(
+        self, rows: Rows, tokenizer: FastTokenizer, room: int, tokens: list[Pieces], words: list[np.ndarray]
+    ) -> Examples:
+        shape = template(tokenizer)
+        parts, sizes = full_length([len(p.ids) for p in tokens], room, shape.tokens)
+        builder, spoken = StoreBuilder(tokenizer), []
+        for part in parts:
+            ids, types, places = shape.sequence(tokens[part.row].ids[part.start : part.end])
+            builder.add(ids, types)
+            spoken.append(_placed(places, words[part.row][part.start : part.end]))
+        groups = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        row_of = np.array([part.row for part in parts], dtype=np.int64)
+        return self._made(rows, builder, spoken, row_of, groups, np.zeros(len(parts), dtype=np.int64))
+
+    def _pairs(
+        self, rows: Rows, tokenizer: FastTokenizer, max_length: int, tokens: list[Pieces], words: list[np.ndarray]
+    ) -> Examples:
+        shape = template(tokenizer, 2)
+        bounds = []
+        for text, pieces in zip(rows.texts, tokens, strict=True):
+            starts = np.searchsorted(pieces.chars[:, 0], sentence_starts(text))
+            bounds.append(sorted({*map(int, starts), len(pieces.ids)}))
+        rng = np.random.Generator(np.random.Philox(len(rows)))
+        found = sorted(pairs(bounds, max_length - shape.tokens, self.sentences, rng), key=lambda p: p.first.row)
+        builder, spoken = StoreBuilder(tokenizer), []
+        cut = lambda part: (tokens[part.row].ids[part.start : part.end], words[part.row][part.start : part.end])  # noqa: E731
+        for pair in found:
+            (a, a_words), (b, b_words) = cut(pair.first), cut(pair.second)
+            ids, types, places = shape.sequence(a, b)
+            builder.add(ids, types)
+            spoken.append(_placed(places, np.concatenate([a_words, b_words + 1 + a_words.max(initial=0)])))
+        row_of = np.array([pair.first.row for pair in found], dtype=np.int64)
+        labels = np.array([pair.label for pair in found], dtype=np.int64)
+        return self._made(rows, builder, spoken, row_of, None, labels)
+
+    def _made(
+        self,
+        rows: Rows,
+        builder: StoreBuilder,
+        words: list[np.ndarray],
+        row_of: np.ndarray,
+        groups: np.ndarray | None,
+        labels: np.ndarray,
+    ) -> Examples:
+        flat = np.concatenate(words).astype(np.int32) if words else np.zeros(0, dtype=np.int32)
+        store = builder.store()
+        counts = {} if groups is not None else {"follows": int((labels == 0).sum()), "does not": int(labels.sum())}
+        weights = np.ones(len(store), dtype=np.float32)
+        return Examples(rows, store, labels, weights, row_of=row_of, groups=groups, words=flat, counts=counts)
+
+    def _to_fill(self, rows: Rows, tokenizer: FastTokenizer, max_length: int) -> Examples:
+        token, number = mask_token(tokenizer.backend) or ("", -1)
+        shape, builder = template(tokenizer), StoreBuilder(tokenizer)
+        marks, chars = [], []
+        for row, pieces in enumerate(pieces_of(tokenizer, rows.texts, rows.where)):
+            if not (pieces.ids == number).any():
+                raise DataError(f"{rows.where(row)}: there is nothing to fill in: the text has no {token}")
+            ids, types, places = shape.sequence(pieces.ids)
+            if len(ids) > max_length:
+                raise DataError(f"{rows.where(row)}: {len(ids)} tokens; the model takes {max_length}")
+            builder.add(ids, types)
+            marks.append(ids == number)
+            stands = np.full((len(ids), 2), -1, dtype=np.int32)
+            stands[places >= 0] = pieces.chars
+            chars.append(stands)
+        flat = np.concatenate(marks) if marks else np.zeros(0, dtype=bool)
+        stood = np.concatenate(chars) if chars else None
+        return Examples(rows, builder.store(), None, np.ones(len(rows), np.float32), chars=stood, marks=flat)
+
+    # -- masks ---------------------------------------------------------------------------------------------------------
+
+    def draw(self, examples: Examples, units: np.ndarray, seed: Sequence[int]) -> tuple[Examples, np.ndarray]:
+        """The units with tokens hidden, as examples of their own."""
+        if examples.marks is not None:
+            return examples, units
+        assert examples.words is not None and examples.targets is not None
+        sequences = examples.sequences(units)
+        where = examples.tokens(sequences)
+        lengths = examples.store.lengths[sequences]
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, len(units)])))
+        owner = np.repeat(np.arange(len(sequences)), lengths)
+        chosen = choose(examples.words[where], owner, self.share, self.masking, rng)
+        _, mask_id = mask_token(self._backend)  # type: ignore[misc]
+        ids = examples.store.ids[where]
+        shown = hide(ids, chosen, mask_id, self._backend.get_vocab_size(), rng)
+        types = None if examples.store.types is None else examples.store.types[where]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        groups = examples.groups
+        if groups is not None:
+            groups = np.concatenate([[0], np.cumsum(groups[units + 1] - groups[units])])
+        drawn = replace(
+            examples,
+            store=TokenStore(shown, offsets, types),
+            targets=np.where(chosen, ids, -examples.targets[sequences][owner] - 1),
+            weights=np.bincount(owner[chosen], minlength=len(sequences)).astype(np.float32),
+            row_of=None if examples.row_of is None else examples.row_of[sequences],
+            groups=groups,
+            words=examples.words[where],
+            marks=chosen,
+        )
+        return drawn, np.arange(len(units))
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
+    def targets_of(self, examples: Examples, sequences: np.ndarray) -> np.ndarray:
+        """[M + B]: the tokens that are hidden, then of each sequence whether its second part does not follow."""
+        assert examples.targets is not None and examples.marks is not None
+        where = examples.tokens(sequences)
+        hidden = examples.targets[where][examples.marks[where]].astype(np.int64)
+        labels = (
+            -examples.targets[examples.store.offsets[sequences]].astype(np.int64) - 1
+        )  # the first token is never hidden
+        return np.concatenate([hidden, labels])
+
+    def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        raise NotImplementedError("hidden tokens and pairs stand in one batch: batch_loss")
+
+    def batch_loss(self, logits: Any, targets: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        words, pair = logits if isinstance(logits, tuple) else (logits, None)
+        live = (weights > 0).any().float()  # a process without a share takes part with nothing
+        total = cross_entropy(words.float(), targets[: len(words)], reduction="sum") * live
+        if pair is not None:
+            total = (
+                total + cross_entropy(pair.float(), targets[len(words) :], reduction="sum") * live * self._pair_weight
+            )
+        return total
+
+    # -- figures and answers -------------------------------------------------------------------------------------------
+
+    def metrics(self) -> Metrics:
+        return LanguageMetrics()
+
+    def score(self, metrics: Metrics, examples: Examples, sequences: np.ndarray, outputs: Outputs) -> None:
+        assert isinstance(metrics, LanguageMetrics)
+        for sequence, output in zip(sequences, outputs, strict=True):
+            logits, pair = output if isinstance(output, tuple) else (output, None)
+            found = self.targets_of(examples, np.array([sequence]))
+            metrics.update(logits, found[: len(logits)])
+            if pair is not None:
+                metrics.pairs(int(pair.argmax()), int(found[-1]))
+
+    def decode(self, logits: np.ndarray) -> list[Prediction]:
+        raise NotImplementedError("a filled text needs its tokens: answers")
+
+    def answers(self, examples: Examples, outputs: Outputs) -> list[Prediction]:
+        assert examples.marks is not None and examples.chars is not None
+        found = []
+        for row, output in enumerate(outputs):
+            logits = output[0] if isinstance(output, tuple) else output
+            span = slice(examples.store.offsets[row], examples.store.offsets[row + 1])
+            places = examples.chars[span][examples.marks[span]]
+            found.append(self._filled(examples.rows.texts[row], places, logits))
+        return found
+
+    def _filled(self, text: str, places: np.ndarray, logits: np.ndarray) -> Prediction:
+        chances = softmax(logits)
+        masks, spans, filled, at = [], [], "", 0
+        for (start, end), p in zip(places.tolist(), chances, strict=True):
+            best = np.argpartition(-p, min(20, len(p) - 1))[:20]
+            best = best[np.argsort(-p[best], kind="stable")]
+            named = [
+                (self._backend.decode([int(i)]).strip() or str(self._backend.id_to_token(int(i))), float(p[i]))
+                for i in best
+            ]
+            masks.append([{"token": token, "score": score} for token, score in named])
+            token, score = named[0]
+            filled += text[at:start] + token
+            spans.append(Span(start, end, token, text[start:end], score))
+            at = end
+        return Prediction(filled + text[at:], {}, tuple(spans), {"masks": masks})
+
+    def answer(self, prediction: Prediction, top_k: int | None) -> dict[str, Any]:
+        masks = [
+            {"start": span.start, "end": span.end, "candidates": candidates[: top_k or SHOWN]}
+            for span, candidates in zip(prediction.spans, prediction.extra["masks"], strict=True)
+        ]
+        return {"filled": prediction.label, "masks": masks}
+
+    def example_answer(self) -> dict[str, Any]:
+        mask = {"start": 11, "end": 17, "candidates": [{"token": "good", "score": 0.41}]}
+        return {"filled": "The film is good.", "masks": [mask]}
+
+    def worst_rows(
+        self, examples: Examples, sequences: np.ndarray, outputs: Outputs, keep: int
+    ) -> list[tuple[float, int, tuple[str, str]]]:
+        return []  # the hardest documents say nothing that a reader can mend
+
+
+class LanguageMetrics(Metrics):
+    """Sums over hidden tokens, and how often each was to be found: the share of the commonest is the trivial accuracy."""
+
+    def __init__(self) -> None:
+        self.sums: Counter[str] = Counter()
+        self.seen: Counter[int] = Counter()
+
+    def update(self, logits: np.ndarray, targets: np.ndarray) -> None:
+        z = logits.astype(np.float64)
+        top = z.max(axis=-1, initial=-np.inf)
+        losses = top + np.log(np.exp(z - top[:, None]).sum(axis=-1)) - z[np.arange(len(targets)), targets]
+        right = int((z.argmax(axis=-1) == targets).sum()) if len(targets) else 0
+        self.sums.update({"tokens": len(targets), "loss": float(losses.sum()), "right": right})  # type: ignore[dict-item]
+        self.seen.update(targets.tolist())
+
+    def pairs(self, found: int, label: int) -> None:
+        """One pair."""
+        self.sums.update({"pairs": 1, "pairs right": int(found == label), "pairs apart": label})
+
+    def state(self) -> Any:
+        return self.sums, self.seen
+
+    def merge(self, state: Any) -> None:
+        self.sums.update(state[0])
+        self.seen.update(state[1])
+
+    def compute(self) -> dict[str, float]:
+        tokens = max(self.sums["tokens"], 1)
+        mean = self.sums["loss"] / tokens
+        common = self.seen.most_common(1)
+        figures = {
+            "perplexity": float(np.exp(min(mean, 700.0))),
+            "loss": mean,
+            "accuracy": self.sums["right"] / tokens,
+            "trivial_accuracy": common[0][1] / tokens if common else 0.0,
+        }
+        if self.sums["pairs"]:
+            apart = self.sums["pairs apart"] / self.sums["pairs"]
+            figures |= {
+                "sentence_accuracy": self.sums["pairs right"] / self.sums["pairs"],
+                "trivial_sentence_accuracy": max(apart, 1 - apart),
+            }
+        return figures
+
+
+def mask_token(backend: Any) -> tuple[str, int] | None:
+    """The tokenizer's mask and its number."""
+    return next(((t, n) for t in MASKS if (n := backend.token_to_id(t)) is not None), None)
+
+
+def read_documents(path: str, data: DataConfig, *, split: str, limit: int | None) -> Rows:
+    """Documents of a file: rows' texts, or of a .txt file what stands between blank lines (a line each where there are
+    none). Raises DataError."""
+    from regraft.engine.data.read import iter_texts
+
+    plain = str(path).removesuffix(".gz").endswith(".txt")
+    dropped: dict[str, int] = {}
+    found = iter_texts(path, data.model_copy(update={"empty": "keep"}) if plain else data, dropped=dropped)
+    texts: list[str] = []
+    lines: list[int] = []
+    for number, text in _documents(((row.line, row.text) for row in found), plain):
+        if limit is not None and len(texts) >= limit:
+            break
+        texts.append(text)
+        lines.append(number)
+    if not texts:
+        raise DataError(f"{path}: no documents")
+    return Rows(split, str(path), texts, None, np.array(lines, dtype=np.int64), dropped=dropped)
+
+
+def _documents(lines: Iterator[tuple[int, str]], plain: bool) -> Iterator[tuple[int, str]]:
+    if not plain:
+        yield from lines
+        return
+    every = list(lines)
+    if not any(not text.strip() for _, text in every):
+        yield from every
+        return
+    start, held = 0, []
+    for number, text in [*every, (0, "")]:
+        if text.strip():
+            start = start or number
+            held.append(text)
+        elif held:
+            yield start, "\n".join(held)
+            start, held = 0, []
+
+
+def _words(text: str, pieces: Pieces) -> np.ndarray:
+    """The word each token begins in; one of its own where it begins in none. Shape: [n] int64."""
+    bounds = np.array([start for start, _ in words_of(text)] or [0], dtype=np.int64)
+    return np.searchsorted(bounds, pieces.chars[:, 0], side="right")
+
+
+def _placed(places: np.ndarray, words: np.ndarray) -> np.ndarray:
+    found = np.full(len(places), -1, dtype=np.int64)
+    found[places >= 0] = words
+    return found
+
+
+__all__ = ["MaskedLanguage", "Part", "mask_token", "read_documents"]
