@@ -157,18 +157,18 @@ _pool.register_autograd(_pool_gradients, setup_context=_pool_setup)
 
 @torch.library.custom_op("regraft::l2_normalise", mutates_args=())
 def _normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y [N, H], 1 / max(|x|, eps) [N]."""
+    """y [N, H], max(|x|, eps) [N]."""
     rows, width = x.shape
     if not use_triton(x) or not width:
         wide = x.to(_wide(x))
-        scale = 1.0 / torch.linalg.vector_norm(wide, dim=1).clamp_min(eps)
-        return (wide * scale[:, None]).to(x.dtype, copy=True), scale
-    y, scale = torch.empty_like(x), torch.empty(rows, dtype=_wide(x), device=x.device)
+        norm = torch.linalg.vector_norm(wide, dim=1).clamp_min(eps)
+        return (wide / norm[:, None]).to(x.dtype), norm
+    y, norm = torch.empty_like(x), torch.empty(rows, dtype=_wide(x), device=x.device)
     if rows:
         _normalise_kernel[(rows,)](
-            x, y, scale, eps, H=width, BLOCK=next_power_of_2(width), ACC=accumulate(x.dtype), num_warps=_warps(width)
+            x, y, norm, eps, H=width, BLOCK=next_power_of_2(width), ACC=accumulate(x.dtype), num_warps=_warps(width)
         )
-    return y, scale
+    return y, norm
 
 
 @_normalise.register_fake
@@ -177,24 +177,24 @@ def _(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.custom_op("regraft::l2_normalise_backward", mutates_args=())
-def _normalise_backward(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """dx [N, H] = scale (dy - y (y . dy)), without the second term where |x| < eps."""
+def _normalise_backward(dy: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
+    """dx [N, H] = (dy - y (y . dy)) / norm, without the second term where |x| < eps."""
     rows, width = x.shape
     if not use_triton(x) or not width:
-        y = x.to(scale.dtype) * scale[:, None]
-        along = (y * dy).sum(1) * (scale * eps < 1)
-        return ((dy - y * along[:, None]) * scale[:, None]).to(x.dtype)
+        y = x.to(norm.dtype) / norm[:, None]
+        along = (y * dy).sum(1) * (norm > eps)
+        return ((dy - y * along[:, None]) / norm[:, None]).to(x.dtype)
     dx = torch.empty_like(x)
     if rows:
         _normalise_backward_kernel[(rows,)](
-            dy, x, scale, dx, eps, H=width, BLOCK=next_power_of_2(width), ACC=accumulate(x.dtype),
+            dy, x, norm, dx, eps, H=width, BLOCK=next_power_of_2(width), ACC=accumulate(x.dtype),
             num_warps=_warps(width),
         )  # fmt: skip
     return dx
 
 
 @_normalise_backward.register_fake
-def _(dy: Tensor, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+def _(dy: Tensor, x: Tensor, norm: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -281,28 +281,28 @@ def _spread_kernel(
 
 
 @jit
-def _normalise_kernel(x_ptr, y_ptr, scale_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _normalise_kernel(x_ptr, y_ptr, norm_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     here = column < H
     x = load_as(x_ptr + row * H + column, here, ACC)
-    scale = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), eps)
-    store(y_ptr + row * H + column, x * scale, here)
-    tl.store(scale_ptr + row, scale)
+    norm = tl.maximum(tl.sqrt(tl.sum(x * x, 0)), eps)
+    store(y_ptr + row * H + column, x / norm, here)
+    tl.store(norm_ptr + row, norm)
 
 
 @jit
 def _normalise_backward_kernel(
-    dy_ptr, x_ptr, scale_ptr, dx_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+    dy_ptr, x_ptr, norm_ptr, dx_ptr, eps, H: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     here = column < H
-    scale = tl.load(scale_ptr + row)
-    y = load_as(x_ptr + row * H + column, here, ACC) * scale
+    norm = tl.load(norm_ptr + row)
+    y = load_as(x_ptr + row * H + column, here, ACC) / norm
     dy = load_as(dy_ptr + row * H + column, here, ACC)
-    along = tl.where(scale * eps < 1.0, tl.sum(y * dy, 0), 0.0)
-    store(dx_ptr + row * H + column, (dy - y * along) * scale, here)
+    along = tl.where(norm > eps, tl.sum(y * dy, 0), 0.0)
+    store(dx_ptr + row * H + column, (dy - y * along) / norm, here)
 
 
 def shipped() -> list[Shipped]:
@@ -328,7 +328,7 @@ def shipped() -> list[Shipped]:
         "y_ptr": "*bf16",
         "dy_ptr": "*bf16",
         "dx_ptr": "*bf16",
-        "scale_ptr": "*fp32",
+        "norm_ptr": "*fp32",
         "eps": "fp32",
     }
     constants = {"H": 768, "BLOCK": 1024, "ACC": tl.float32}
