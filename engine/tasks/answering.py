@@ -173,8 +173,15 @@ class Answering(Task):
             cut, long = cut + lost, long + bool(lost)
             span = None if spans is None else spans[row]
             self._add_windows(
-                builder, parts, row, question.ids[:most], tokens[rows.pairs[row]], shape, max_length, span
-            )  # type: ignore[index]
+                builder,
+                parts,
+                row,
+                question.ids[:most],
+                tokens[rows.pairs[row]],
+                shape,
+                max_length,
+                span,  # type: ignore[index]
+            )
         return Examples(
             rows,
             builder.store(truncated=long, cut_tokens=cut),
