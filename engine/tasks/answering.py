@@ -161,7 +161,8 @@ class Answering(Task):
             if len(kept) < len(rows):
                 lost = len(rows) - len(kept)
                 rows = rows.take(kept, dropped={**rows.dropped, "answer_not_in_context": lost})
-        contexts = list(dict.fromkeys(rows.pairs or ()))
+        beside = list(rows.pairs or ())
+        contexts = list(dict.fromkeys(beside))
         tokens = dict(zip(contexts, pieces_of(tokenizer, contexts), strict=True))
         shape = template(tokenizer, 2)
         builder = StoreBuilder(tokenizer)
@@ -177,10 +178,10 @@ class Answering(Task):
                 parts,
                 row,
                 question.ids[:most],
-                tokens[rows.pairs[row]],
+                tokens[beside[row]],
                 shape,
                 max_length,
-                span,  # type: ignore[index]
+                span,
             )
         return Examples(
             rows,
