@@ -89,7 +89,7 @@ def run_outputs(
     if running.reads == FIRST:
         return found
     each = np.split(found, np.cumsum(rows_read(examples, sequences))[:-1])
-    return list(zip(each, pairs[0], strict=True)) if pairs else each  # type: ignore[return-value]
+    return list(zip(each, pairs[0], strict=True)) if pairs else each  # type: ignore[arg-type]
 
 
 def rows_read(examples: Examples, sequences: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def graph_outputs(
 ) -> Sequence[np.ndarray]:
     """What the graph gave for each sequence: [B, C], or for a head that reads tokens one array [L, C] a sequence."""
     if info.reads == "first":
-        return logits
+        return list(logits)
     if info.layout == "padded":
         each = [row[: len(x)] for row, x in zip(logits, ids, strict=True)]
         return each if info.reads == "tokens" else [row[m] for row, m in zip(each, marks or [], strict=True)]

@@ -78,7 +78,7 @@ def write_config(path: str, task: str, model: str, dev: str | None, test: str | 
     form = {} if name.suffix != ".txt" else {"format": "text"}
     if task == "tagging" and name.suffix in ("", ".tsv", ".annotated", ".txt"):
         form = {"format": "conll"}
-    data = DataConfig(train=path, **form)  # type: ignore[arg-type]
+    data = DataConfig(train=path, **form)
     while True:
         try:
             rows = task_class(task).read(path, data, split="train")

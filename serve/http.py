@@ -129,10 +129,10 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
             outputs = dict(zip(_places(prepared), outcome.rows, strict=True))
             prepared = session.prepare([texts[i] for i in left], [pairs[i] for i in left])
             found = [outputs[left[owner], nth] for owner, nth in _places(prepared)]
-            answered = session.answers(prepared, found) if left else []
+            answered = session.answers(prepared, found) if left else []  # type: ignore[arg-type]
             items = {left[o]: [prepared.items[n] for n in prepared.of(o)] for o in range(len(left))}
         else:
-            answered = session.answers(prepared, outcome.rows) if prepared.items else []
+            answered = session.answers(prepared, outcome.rows) if prepared.items else []  # type: ignore[arg-type]
             items = {o: [prepared.items[n] for n in prepared.of(o)] for o in set(prepared.owners)}
         shaped = _answers(session.task, answer_type, len(inputs), answered, items, failed, body.top_k)
         return predict_answer(predictions=shaped, times=times)

@@ -96,7 +96,7 @@ class Session:
             logits = self._graph.run(["logits"], graph_inputs(self.info, ids, types, marks))[0]
             for i, found in zip(group, graph_outputs(self.info, logits, ids, marks), strict=True):
                 outputs[i] = found
-        return np.stack(outputs) if self.info.reads == "first" else outputs
+        return np.stack(outputs) if self.info.reads == "first" else outputs  # type: ignore[return-value]
 
     def decode(self, logits: np.ndarray) -> list[Prediction]:
         """Answers for logits [B, C]: the activation and thresholds are the task's."""

@@ -13,7 +13,7 @@ from regraft.engine.errors import at
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows: `texts` [N], `pairs` [N] or None, raw `labels` [N] (str, int, float, or a list of str/int for
+    """N rows: `texts` [N], `pairs` [N] or None (second texts, or what else a task takes beside a text: words, choices), raw `labels` [N] (str, int, float, or a list of str/int for
     multilabel) or None when the source has none.
 
     `lines` [N] int64 are 1-based lines of `path` (row numbers for parquet and hub datasets); `dropped` counts rows
@@ -25,7 +25,7 @@ class Rows:
     texts: Sequence[str]
     labels: Sequence[Any] | None
     lines: np.ndarray
-    pairs: Sequence[str] | None = None
+    pairs: Sequence[Any] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

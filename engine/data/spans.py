@@ -201,7 +201,7 @@ def _listed(label: Any, place: str) -> Iterator[tuple[int, int, str]]:
             values = tuple(item) if isinstance(item, list) else ()
         if len(values) != 3 or not all(isinstance(v, int) for v in values[:2]) or not isinstance(values[2], str):
             raise DataError(f"{place}: expected a span as [start, end, label], found {item!r}")
-        yield values  # type: ignore[misc]
+        yield values
 
 
 def _by_surface(label: dict[str, Any], text: str, place: str) -> Iterator[tuple[int, int, str]]:

@@ -29,7 +29,7 @@ class Answers:
 
 def read_questions(path: str, data: DataConfig, *, split: str, need_labels: bool, limit: int | None) -> Rows:
     """Rows of a file. Raises DataError naming file and question."""
-    found = []
+    found: list[tuple[str, str, Answers | None, int]] = []
     dropped: dict[str, int] = {}
     for item in _items(path, data, split):
         if limit is not None and len(found) >= limit:

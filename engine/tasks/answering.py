@@ -161,7 +161,8 @@ class Answering(Task):
             if len(kept) < len(rows):
                 lost = len(rows) - len(kept)
                 rows = rows.take(kept, dropped={**rows.dropped, "answer_not_in_context": lost})
-        contexts = list(dict.fromkeys(rows.pairs or ()))
+        beside = list(rows.pairs or ())
+        contexts = list(dict.fromkeys(beside))
         tokens = dict(zip(contexts, pieces_of(tokenizer, contexts), strict=True))
         shape = template(tokenizer, 2)
         builder = StoreBuilder(tokenizer)
@@ -173,8 +174,15 @@ class Answering(Task):
             cut, long = cut + lost, long + bool(lost)
             span = None if spans is None else spans[row]
             self._add_windows(
-                builder, parts, row, question.ids[:most], tokens[rows.pairs[row]], shape, max_length, span
-            )  # type: ignore[index]
+                builder,
+                parts,
+                row,
+                question.ids[:most],
+                tokens[beside[row]],
+                shape,
+                max_length,
+                span,
+            )
         return Examples(
             rows,
             builder.store(truncated=long, cut_tokens=cut),

@@ -96,7 +96,7 @@ class Choice(Task):
             raise DataError(f"{rows.path}: expected choices beside the text")
         sizes = np.array([len(choices) for choices in rows.pairs], dtype=np.int64)
         row_of = np.repeat(np.arange(len(rows)), sizes)
-        texts = [rows.texts[r] for r in row_of]
+        texts = [rows.texts[r] for r in row_of.tolist()]
         store = encode(texts, [c for choices in rows.pairs for c in choices], tokenizer, max_length)
         groups = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         targets = None
@@ -188,7 +188,10 @@ def read_choices(path: str, data: DataConfig, *, split: str, need_labels: bool, 
     """Rows of a jsonl file: text, choices and the right one's number from 0, or its text. Raises DataError."""
     column = data.columns
     names = (str(column.text), str(column.text_pair or "choices"), str(column.label))
-    texts, beside, labels, lines = [], [], [], []
+    texts: list[str] = []
+    beside: list[tuple[str, ...]] = []
+    labels: list[int | None] = []
+    lines: list[int] = []
     with open_lines(find_source(path, data), newline="\n") as content:
         for number, line in enumerate(content, 1):
             if line.isspace() or (limit is not None and len(texts) >= limit):

@@ -117,7 +117,7 @@ class MaskedLanguage(Task):
         made = made or self._pairs(rows, tokenizer, max_length, tokens, words)
         if not len(made):
             raise DataError(f"{rows.path}: no document has two sentences, so there are no pairs (task.sentences)")
-        self._pair_weight = max(1.0, self.share * float((made.words >= 0).sum()) / len(made.store))  # type: ignore[operator]
+        self._pair_weight = max(1.0, self.share * float((made.words >= 0).sum()) / len(made.store))  # type: ignore[operator, union-attr]
         return made
 
     def _full(
@@ -322,7 +322,7 @@ class LanguageMetrics(Metrics):
         top = z.max(axis=-1, initial=-np.inf)
         losses = top + np.log(np.exp(z - top[:, None]).sum(axis=-1)) - z[np.arange(len(targets)), targets]
         right = int((z.argmax(axis=-1) == targets).sum()) if len(targets) else 0
-        self.sums.update({"tokens": len(targets), "loss": float(losses.sum()), "right": right})  # type: ignore[dict-item]
+        self.sums.update({"tokens": len(targets), "loss": float(losses.sum()), "right": right})
         self.seen.update(targets.tolist())
 
     def pairs(self, found: int, label: int) -> None:

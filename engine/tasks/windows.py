@@ -48,7 +48,7 @@ class Template:
 
 def template(tokenizer: FastTokenizer, texts: int = 1) -> Template:
     """The template around one text or a pair."""
-    found = tokenizer.backend.encode(*("a", "b")[:texts])
+    found = tokenizer.backend.encode("a", "b" if texts == 2 else None)
     pieces: list[list[int]] = [[] for _ in range(texts + 1)]
     types: list[list[int]] = [[] for _ in range(texts + 1)]
     text_types = [0] * texts
