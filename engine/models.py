@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -136,9 +136,9 @@ class RunningModel(nn.Module):
             inputs["position_ids"] = position_ids[None]
         if self.uses_token_types and token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids[None]
-        logits = logits_of(self.model(**inputs))
+        logits: Any = logits_of(self.model(**inputs))
         if isinstance(logits, PairedLogits):
-            return PairedLogits(logits.tokens[0], logits.pairs)
+            return cast("Tensor", PairedLogits(logits.tokens[0], logits.pairs))
         return logits if self.reads == "first" else logits[0]
 
     def _forward_padded(self, batch: PackedBatch) -> Tensor:
@@ -153,11 +153,11 @@ class RunningModel(nn.Module):
             if batch.token_type_ids is not None:
                 types[mask] = batch.token_type_ids
             inputs["token_type_ids"] = types
-        logits = logits_of(self.model(**inputs))
+        logits: Any = logits_of(self.model(**inputs))
         if self.reads == "first":
             return logits
         if isinstance(logits, PairedLogits):
-            return PairedLogits(_picked(logits.tokens[mask], batch.marks), logits.pairs)
+            return cast("Tensor", PairedLogits(_picked(logits.tokens[mask], batch.marks), logits.pairs))
         return _picked(logits[mask], batch.marks)
 
     def run_padded(self, reason: str) -> None:

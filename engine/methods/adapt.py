@@ -172,7 +172,7 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
     check_patterns("lora.alpha_pattern", settings.alpha_pattern, names)
     config = LoraConfig(
         r=settings.rank,
-        lora_alpha=settings.alpha,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft divides by the rank; any number will do
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
@@ -247,12 +247,12 @@ def merge_quantised(model: Any) -> None:
     for name, old in list(model.named_modules()):
         if not isinstance(old, BaseTunerLayer) or not hasattr(old, "lora_A"):
             continue
-        base = old.get_base_layer()
+        base: Any = old.get_base_layer()
         plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
         plain.weight.data.copy_(whole_weight(base))
         if base.bias is not None:
             plain.bias.data.copy_(base.bias.data)
-        old.base_layer = plain
+        old.base_layer = plain  # type: ignore[attr-defined]
         old.__class__ = LoraLinear
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, old)

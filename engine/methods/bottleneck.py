@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(hidden, spec.size)
         self.up = nn.Linear(spec.size, hidden)
         self.dropout = nn.Dropout(spec.dropout)
-        self.function = FUNCTIONS[spec.nonlinearity]
+        self.function: Any = FUNCTIONS[spec.nonlinearity]
         nn.init.normal_(self.down.weight, std=0.02)
         nn.init.zeros_(self.down.bias)
         nn.init.zeros_(self.up.weight)

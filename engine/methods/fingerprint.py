@@ -10,7 +10,7 @@ import torch
 
 def fingerprint(model: Any) -> str:
     """Hash of the backbone's pretrained weights (names, shapes, values), without what was drawn at random."""
-    fresh = getattr(model, "regraft_fresh", frozenset())
+    fresh: frozenset[str] = getattr(model, "regraft_fresh", frozenset())
     prefix = f"{model.base_model_prefix}."
     found = hashlib.blake2b(digest_size=16)
     for name, weight in sorted(model.named_parameters()):

@@ -47,7 +47,7 @@ def bind_folded_lora(running: RunningModel) -> int:
 def _merges(module: Any) -> bool:
     from peft.tuners.lora import Linear
 
-    parts = [getattr(module, name, None) for name in ("query", "key", "value")]
+    parts: list[Any] = [getattr(module, name, None) for name in ("query", "key", "value")]
     alike = all(type(p) is Linear and p.base_layer.bias is not None for p in parts)
     if not alike or not hasattr(module, "attention_head_size") or hasattr(module, "dense"):
         return False

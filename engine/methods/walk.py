@@ -33,7 +33,7 @@ def head_parameters(model: Any) -> set[str]:
     return {n for n, _ in model.named_parameters() if n.startswith(inside) or "." not in n}
 
 
-def backbone_linears(model: Any) -> dict[str, nn.Module]:
+def backbone_linears(model: Any) -> dict[str, nn.Linear]:
     """All linear layers of the backbone by full path; never the head, never a fresh pooler.
 
     Raises ModelError where there is none.
@@ -84,7 +84,8 @@ def check_patterns(key: str, patterns: dict[str, Any], names: list[str]) -> None
 
 def inner_size(config: Any) -> int:
     """Width of the feed-forward layers."""
-    return getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)
+    size: int = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)
+    return size
 
 
 def feed_forward_ends(model: Any) -> list[str]:
