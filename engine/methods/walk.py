@@ -84,7 +84,7 @@ def check_patterns(key: str, patterns: dict[str, Any], names: list[str]) -> None
 
 def inner_size(config: Any) -> int:
     """Width of the feed-forward layers."""
-    size: int = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)
+    size: Any = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", 0)
     return size
 
 
