@@ -253,7 +253,7 @@ def test_peer_scripts_know_nothing_of_this_repository() -> None:
 def test_peers_are_pinned_and_torch_is_the_same_for_all() -> None:
     for path in sorted((BENCH / "peers").glob("*.txt")):
         pins = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
-        assert pins and all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), path.name
+        assert pins and all(re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+", pin) for pin in pins), path.name
         assert all(pin == "torch==2.13.0" for pin in pins if pin.startswith("torch==")), path.name
 
 

@@ -63,15 +63,14 @@ def test_choices_are_learned_however_the_step_is_cut_and_served_the_same(make_co
     for mine, theirs in zip(answers, session.answers(prepared, session.run(prepared.items)), strict=True):
         pairs = zip(mine.extra["choices"], theirs.extra["choices"], strict=True)
         assert all(a["text"] == b["text"] and a["score"] == pytest.approx(b["score"], abs=1e-4) for a, b in pairs)
-    from safetensors.torch import load_file
-
-    weights = []
+    # Losses, not weights: a softmax over choices does not depend on the bias they share, whose gradient is rounding,
+    # and AdamW makes a whole step of that.
+    losses: dict[str, list[float]] = {"whole": [], "cut": []}
     for name, budget in (("whole", 100000), ("cut", 16)):
-        more = [f"run={tmp_path / name}", "training.max_steps=3", f"training.token_budget={budget}", "model.dropout=0"]
-        weights.append(load_file(train(load_config(path, more), quiet=True).folder / "best" / "model.safetensors"))
-    # A softmax over choices does not depend on the bias they share: its gradient is rounding, which AdamW blows up.
-    decisive = [name for name in weights[0] if name != "classifier.bias"]
-    assert max(float((weights[0][k] - weights[1][k]).abs().max()) for k in decisive) < 1e-4  # a wrong group: 1e-3
+        more = [f"run={tmp_path / name}", "training.max_steps=5", f"training.token_budget={budget}", "model.dropout=0"]
+        train(load_config(path, more), quiet=True, on_step=lambda info, mine=losses[name]: mine.append(info.loss))
+    assert len(losses["whole"]) == 5
+    assert losses["cut"] == pytest.approx(losses["whole"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +123,8 @@ def test_an_ordinal_run_goes_from_rows_to_answers(make_config, tmp_path):
     path = make_config(
         task={"type": "ordinal"}, data={"train": str(tmp_path / "stars.csv"), "dev": str(tmp_path / "more.csv")}
     )
-    result = train(load_config(path, FAST), quiet=True)
-    assert result.metrics["dev"]["quadratic_kappa"] > 0.7
+    result = train(load_config(path, [*FAST, "training.epochs=20"]), quiet=True)
+    assert result.metrics["dev"]["quadratic_kappa"] > 0.8
     done = regraft("predict", result.folder, "good good good good bad film", "--format", "jsonl")
     record = json.loads(done.stdout)
-    assert abs(int(record["label"]) - 4) <= 1 and sum(record["scores"].values()) == pytest.approx(1, abs=1e-4)
+    assert record["label"] == "4" and sum(record["scores"].values()) == pytest.approx(1, abs=1e-4)

@@ -16,7 +16,7 @@ from conftest import regraft
 from regraft.engine.config import load_config
 from regraft.engine.errors import ModelError
 from regraft.engine.export import export_bundle
-from regraft.engine.methods.merge_command import merge
+from regraft.engine.methods.merge import merge
 from regraft.engine.methods.plan import plan_run
 from regraft.engine.predict import predict
 from regraft.engine.trained import load_trained
