@@ -39,7 +39,7 @@ def guess_task(path: str) -> str | None:
     if path.startswith("hub:"):
         return None
     name = Path(path.removesuffix(".gz"))
-    if name.suffix in SUFFIXES:
+    if name.suffix in SUFFIXES and not (name.suffix == ".txt" and _has_columns(path)):
         return SUFFIXES[name.suffix]
     if name.suffix not in (".json", ".jsonl", ".ndjson") or not Path(path).is_file():
         return None
@@ -54,6 +54,16 @@ def guess_task(path: str) -> str | None:
     except (OSError, ValueError, IndexError, EOFError):
         return None
     return _of_row(row) if isinstance(row, dict) else None
+
+
+def _has_columns(path: str) -> bool:
+    """Whether the first lines of a .txt file are rows with tabs, or objects, rather than running text."""
+    try:
+        with gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb") as file:
+            lines = [line for line in file.read(1 << 16).splitlines()[:50] if line.strip()]
+    except (OSError, EOFError):
+        return False
+    return bool(lines) and all(b"\t" in line or line.startswith(b"{") for line in lines[: max(1, len(lines) - 1)])
 
 
 def _of_row(row: dict[str, Any]) -> str | None:

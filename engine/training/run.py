@@ -104,7 +104,7 @@ class _Run:
             self.build()
         self.resume()
         if self.state.step == 0:
-            self.stepper.rehearse(self.config.training.batch_size)
+            self.rehearse_if_tight()
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
             while self.state.step < self.plan.total_steps and not self.state.stopped_early:
@@ -116,6 +116,16 @@ class _Run:
             if self.state.evaluated_at != self.state.step:
                 self.evaluate()
         return self.finish()
+
+    def rehearse_if_tight(self) -> None:
+        """Take the largest step first where memory could run out: in the first minute rather than late in an epoch."""
+        from regraft.engine.training.setup import could_run_out
+
+        rows = self.config.training.batch_size
+        longest = np.sort(self.data.splits["train"].lengths)[-rows:]
+        at_once = min(int(longest.sum()), max(self.stepper.token_budget, int(longest[-1])))
+        if could_run_out(at_once, self.running.model, self.precision):
+            self.stepper.rehearse(rows)
 
     def prepare(self) -> None:
         from regraft.engine.training.setup import choose_precision, prepare, set_threads

@@ -122,16 +122,31 @@ def choose_precision(config: RunConfig) -> str:
 
 def choose_token_budget(config: RunConfig, model: torch.nn.Module, precision: str) -> int:
     """Most tokens in one micro-batch, from the memory that is free and what the activations of one token take."""
-    import psutil
     import torch
 
     if config.training.token_budget != "auto":
         return int(config.training.token_budget)
+    tokens = free_memory() / activation_bytes(model, precision)
+    if torch.cuda.is_available():
+        return int(min(262_144, max(1024, 0.6 * tokens)))
+    return int(min(16_384, max(512, 0.4 * tokens)))
+
+
+def could_run_out(tokens: int, model: torch.nn.Module, precision: str) -> bool:
+    """Whether the activations of a micro-batch of so many tokens come anywhere near the memory that is free."""
+    return tokens * activation_bytes(model, precision) > 0.1 * free_memory()
+
+
+def activation_bytes(model: Any, precision: str) -> float:
+    """Bytes a token that are kept for the backward pass: about 34 hidden-sized values a layer (Korthikanti et al. 2022)."""
     hidden = getattr(model.config, "hidden_size", 768)
     layers = getattr(model.config, "num_hidden_layers", 12)
-    # About 34 hidden-sized values a token and layer are kept for the backward pass (Korthikanti et al. 2022).
-    per_token = 34 * hidden * layers * (4 if precision == "fp32" else 2.5)
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-        return int(min(262_144, max(1024, 0.6 * free / per_token)))
-    return int(min(16_384, max(512, 0.4 * psutil.virtual_memory().available / per_token)))
+    return 34 * hidden * layers * (4 if precision == "fp32" else 2.5)
+
+
+def free_memory() -> int:
+    """Bytes free on the GPU, or on the machine where there is none."""
+    import psutil
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available)

@@ -233,3 +233,14 @@ def test_a_regression_learns_labels_of_any_unit_and_is_saved_in_theirs(make_conf
         found = [float(model(**tokenizer(text, return_tensors="pt")).logits) for text, _ in rows]
     mae = np.abs(np.array(found) - [prices[label] for _, label in rows]).mean()
     assert mae == pytest.approx(result.metrics["dev"]["mae"], rel=1e-3)
+
+
+def test_a_micro_batch_that_memory_may_not_hold_is_told_from_one_that_it_surely_does(tiny_model):
+    from transformers import AutoModelForSequenceClassification
+
+    from regraft.engine.training.setup import activation_bytes, could_run_out, free_memory
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    fits = free_memory() / activation_bytes(model, "fp32")
+    assert could_run_out(int(fits / 2), model, "fp32") and could_run_out(int(fits * 2), model, "fp32")
+    assert not could_run_out(int(fits / 100), model, "fp32")
