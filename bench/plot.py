@@ -33,9 +33,12 @@ def main() -> None:
     if not paths:
         sys.exit(f"no JSON in {RESULTS}; the commands in bench/README.md make it")
     for path in paths:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "cases" not in result:
+            continue  # a table for people, such as kernels_static.json
         picture = (options.to or path.parent) / f"{path.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
-        draw(json.loads(path.read_text(encoding="utf-8")), picture)
+        draw(result, picture)
         print(picture)
 
 
