@@ -61,7 +61,7 @@ class Recipe:
 RECIPES = {
     "sst2": Recipe("accuracy", "dev", 5e-5, 3, at_least=90.5, peer=True),
     "banking77": Recipe("accuracy", "test", 1e-4, 15, dev_fraction=0.05, at_least=92.0),
-    "stsb": Recipe("pearson", "dev", 2e-4, 5, at_least=87.0, ema=0.99, layer_decay=0.85),
+    "stsb": Recipe("pearson", "dev", 1e-4, 5, batch_size=16, at_least=87.0, ema=0.995),
     "cola": Recipe("matthews", "dev", 5e-5, 6),
     "rte": Recipe("accuracy", "dev", 5e-5, 10, max_length=256),
     "trec6": Recipe("accuracy", "test", 5e-5, 8, dev_fraction=0.05),
