@@ -69,7 +69,8 @@ RECIPES = {
     "agnews": Recipe("accuracy", "test", 5e-5, 4, dev_fraction=0.05),
     "goemotions": Recipe("macro_f1", "test", 1e-4, 5, thresholds="tuned"),
 }
-LATER = {"ema", "layer_decay", "dropout"}  # settings that recipes did not have from the start: None is as if they were not there
+# Settings that recipes did not have from the start: None is as if they were not there.
+LATER = {"ema", "layer_decay", "dropout"}
 PUBLISHED = RESULTS / "quality.json"
 WEIGHT_DECAY, WARMUP = 0.01, 0.06
 QUICK_ROWS = 300
