@@ -140,9 +140,6 @@ class Answering(Task):
         where = np.flatnonzero(kept)
         return found[where], where
 
-    def weights(self, targets: np.ndarray) -> np.ndarray:
-        return np.ones(len(targets), dtype=np.float32)
-
     def examples(
         self,
         rows: Rows,

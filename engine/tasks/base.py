@@ -123,9 +123,9 @@ class Task(ABC):
         All are kept unless `unknown` is 'drop'. Raises DataError naming file, line and label.
         """
 
-    @abstractmethod
     def weights(self, targets: np.ndarray) -> np.ndarray:
         """Weight of each row in the loss, [N] float32. The loss of an optimizer step is divided by their sum."""
+        return np.ones(len(targets), dtype=np.float32)
 
     @abstractmethod
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

@@ -79,9 +79,6 @@ class Choice(Task):
             raise DataError(f"{rows.path}: no label column {label_column!r}")
         return np.array(rows.labels, dtype=np.int64), np.arange(len(rows))
 
-    def weights(self, targets: np.ndarray) -> np.ndarray:
-        return np.ones(len(targets), dtype=np.float32)
-
     def examples(
         self,
         rows: Rows,

@@ -91,9 +91,6 @@ class MaskedLanguage(Task):
     ) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
 
-    def weights(self, targets: np.ndarray) -> np.ndarray:
-        return np.ones(len(targets), dtype=np.float32)
-
     # -- documents to sequences ----------------------------------------------------------------------------------------
 
     def examples(

@@ -68,9 +68,6 @@ class Regression(Task):
                 raise DataError(f"{rows.where(i, label_column)}: {value!r} is not a finite number")
         return targets, np.arange(len(rows))
 
-    def weights(self, targets: np.ndarray) -> np.ndarray:
-        return np.ones(len(targets), dtype=np.float32)
-
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         # In units of the spread: 1 is what the mean of all labels would score, whatever the labels' unit.
         spread = self.scale[1] if self.scale else 1.0
