@@ -66,9 +66,6 @@ class Ordinal(Task):
     def label_counts(self, targets: np.ndarray) -> dict[str, int]:
         return dict(zip(self.labels, np.bincount(targets, minlength=len(self.labels)).tolist(), strict=True))
 
-    def weights(self, targets: np.ndarray) -> np.ndarray:
-        return np.ones(len(targets), dtype=np.float32)
-
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Mean of the questions' binary cross-entropies, a row. Shape: logits [B, C - 1]."""
         import torch
