@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regraft.kernels.checks import INTEGERS, expect, expect_range
 from regraft.kernels.dropout import LEVELS, dropout, keep_mask, scale_of
+from regraft.kernels.rotary import rotate_merged
 
 # What one more group costs, in attention cells squared (b L^2): measured on two cores as about 0.1 ms.
 GROUP_COST = 6000
@@ -59,6 +61,14 @@ class Layout:
     def attend_merged(self, qkv: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         """The same from one tensor [T, 3, H, D], as a merged projection gives it."""
         return packed_attention(qkv, self, scale=scale, dropout_p=dropout_p)
+
+    def attend_rotary(
+        self, qkv: Tensor, angles: tuple[Tensor, Tensor], *, scale: float, dropout_p: float, window: int | None
+    ) -> Tensor:
+        """Attention from one tensor [T, 3, H, D], with rotary positions of queries and keys. angles: cos, sin [1, T, D], of
+        which the second half repeats the first."""
+        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in angles)
+        return packed_attention(rotate_merged(qkv, cos, sin), self, scale=scale, dropout_p=dropout_p, window=window)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         """Attention of one query a sequence: q [B, H, D], k, v [T, H, D] -> [B, H, D]."""
@@ -104,7 +114,13 @@ def plan_groups(lengths: Sequence[int], group_cost: int = GROUP_COST) -> list[li
 
 
 def plan_layout(lengths: Sequence[int], cu_seqlens: Tensor, group_cost: int = GROUP_COST) -> Layout:
-    """Layout of a packed batch with sequences of `lengths` tokens, its tensors on the device of `cu_seqlens`."""
+    """Layout of a packed batch with sequences of `lengths` tokens, its tensors on the device of `cu_seqlens`.
+
+    Raises ValueError, naming the argument.
+    """
+    expect("cu_seqlens", cu_seqlens, shape=(len(lengths) + 1,), dtype=INTEGERS)
+    if not len(lengths) or min(lengths) < 1:
+        raise ValueError(f"lengths: is {list(lengths)[:8]}, expected at least one sequence, each of at least one token")
     sizes = np.asarray(lengths, dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
     tokens = int(sizes.sum())
@@ -216,8 +232,13 @@ def packed_attention(
 ) -> Tensor:
     """Attention of every token to the tokens of its own sequence, within `window` positions on either side.
 
-    Shape: qkv [T, 3, H, D] -> [T, H, D]. Dropout comes from torch's generator of the device.
+    Shape: qkv [T, 3, H, D] -> [T, H, D]. Dropout comes from torch's generator of the device. Raises ValueError or TypeError,
+    naming the argument.
     """
+    expect("qkv", qkv, shape=(layout.tokens, 3, None, None), like=layout.cu_seqlens, contiguous=False)
+    expect_range("dropout_p", dropout_p, 0, 1)
+    if window is not None and window < 0:
+        raise ValueError(f"window: is {window}, expected None or a number of positions from 0")
     flash = _flash_attention(qkv, layout, scale, dropout_p, window)
     if flash is not None:
         return flash
@@ -252,8 +273,12 @@ def first_row_attention(
 ) -> Tensor:
     """Attention of one query a sequence, that of its first row: all that a classification head reads.
 
-    Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D].
+    Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D]. Raises ValueError or TypeError, naming the argument.
     """
+    expect("k", k, shape=(layout.tokens, None, None), like=layout.cu_seqlens, contiguous=False)
+    expect("v", v, shape=k.shape, dtype=k.dtype, like=k, contiguous=False)
+    expect("q", q, shape=(len(layout.lengths), *k.shape[1:]), dtype=k.dtype, like=k, contiguous=False)
+    expect_range("dropout_p", dropout_p, 0, 1)
     kv = torch.stack((k, v), dim=1)
     heads = q.shape[1]
     out = []
