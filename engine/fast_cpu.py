@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def bind_native(running: RunningModel) -> dict[str, int]:
     """Dropout, residual sum and LayerNorm in one pass where modules are built like BERT's and the logits stay the same
     on random sequences; returns how many modules of each kind were bound. (GELU alone is as fast in torch.)"""
-    return bind_kinds(running, KINDS) if native.library() is not None else {}
+    return bind_kinds(running, KINDS) if native.available() else {}
 
 
 def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class _Problem(ctypes.Structure):
 
 def runs_here(size: int, *tensors: Tensor) -> bool:
     """Whether heads of `size` of these tensors are attended in C."""
-    return size % 16 == 0 and native.takes(*tensors) and native.library() is not None
+    return size % 16 == 0 and native.takes(*tensors)
 
 
 def merged_attention(
@@ -97,14 +97,16 @@ class _Merged(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, cu: Tensor, longest: int, *how: Any) -> Tensor:
         qkv = qkv.contiguous()
         ctx.save_for_backward(qkv, cu)
-        return _attend(ctx, *qkv.unbind(1), (cu, cu), longest, *how)
+        q, k, v = qkv.unbind(1)
+        return _attend(ctx, q, k, v, (cu, cu), longest, *how)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, cu = ctx.saved_tensors
         gradient = torch.empty_like(qkv)
-        problem = _problem(*qkv.unbind(1), (cu, cu), ctx.longest, ctx.options)
+        q, k, v = qkv.unbind(1)
+        problem = _problem(q, k, v, (cu, cu), ctx.longest, ctx.options)
         _call(problem, grad.contiguous(), *gradient.unbind(1))
         return gradient, None, None, None, None, None
 

@@ -34,9 +34,14 @@ _log = logging.getLogger("regraft.kernels")
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the native form runs on these: all fp32 on CPU, not traced, and plain torch not forced."""
-    if choice() != "auto" or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not available():
         return False
     return all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+
+
+def available() -> bool:
+    """Whether there are native forms here, and plain torch is not forced."""
+    return choice() == "auto" and library() is not None
 
 
 def decisions(p: float) -> dict[str, float | int]:
