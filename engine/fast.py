@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.binding import bind_kinds, logits_of_small, same, small_batch
 from regraft.engine.half_weights import half_linear, in_force
 from regraft.kernels.dropout import dropout
 from regraft.kernels.embedding import RowGradient, row_embedding
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
-
-PROOF_TOLERANCE = 1e-4
 
 
 def bind_dropout(model: nn.Module) -> int:
@@ -87,21 +86,7 @@ def _merged_projection(self: Any, rows: Tensor) -> Tensor:
 def bind_rotary(running: RunningModel) -> int:
     """ModernBERT-like attention from its one projection as it lies: positions are turned without a pass over separate
     queries and keys. Bound where the logits stay the same on random sequences; returns how many."""
-    found = [m for m in running.model.modules() if "forward" not in vars(m) and is_rotary_attention(m)]
-    if not found:
-        return 0
-    batch = small_batch(running)
-    before = logits_of_small(running, batch)
-    for module in found:
-        module.forward = rotary_forward.__get__(module)  # type: ignore[method-assign]
-    try:
-        kept = same(logits_of_small(running, batch), before)
-    except Exception:  # a module of like parts that is called in another way
-        kept = False
-    if not kept:
-        for module in found:
-            del module.forward
-    return len(found) if kept else 0
+    return sum(bind_kinds(running, {"rotary attention": (is_rotary_attention, rotary_forward)}).values())
 
 
 def is_rotary_attention(module: Any) -> bool:
@@ -178,32 +163,3 @@ def _first_rows_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) ->
     )
     attended = self.attention.output(context.reshape(first.shape[0], -1), first)
     return self.feed_forward_chunk(attended)[:, None]
-
-
-def same(found: Any, wanted: Any) -> bool:
-    if isinstance(wanted, tuple):  # of tokens and of pairs
-        return all(same(one, other) for one, other in zip(found, wanted, strict=True))
-    return torch.allclose(found.float(), wanted.float(), rtol=PROOF_TOLERANCE, atol=PROOF_TOLERANCE)
-
-
-def small_batch(running: RunningModel) -> Any:
-    from regraft.engine.packing import pack
-
-    generator = torch.Generator().manual_seed(11)
-    config = running.model.config
-    vocabulary = config.vocab_size
-    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None) or 0
-    longest = min(getattr(config, "max_position_embeddings", 512) - 4, 2 * window + 9)  # longer than a window
-    lengths = (5, 1, 17, 17, max(9, longest))
-    ids = [torch.randint(min(10, vocabulary - 1), vocabulary, (n,), generator=generator).numpy() for n in lengths]
-    return pack(ids).to(next(running.parameters()).device)
-
-
-@torch.no_grad()
-def logits_of_small(running: RunningModel, batch: Any) -> Tensor:
-    was_training = running.training
-    running.eval()
-    try:
-        return running(batch)
-    finally:
-        running.train(was_training)

@@ -187,10 +187,13 @@ def test_attention_of_first_rows_refuses_by_name(change, said):
         varlen.first_rows_attention(**{**good, **change})
 
 
-@pytest.mark.parametrize("lengths", [[], [3, 0]])
-def test_a_layout_of_nothing_is_refused(lengths):
-    with pytest.raises(ValueError, match="lengths: is"):
-        attention.plan_layout(lengths, torch.zeros(len(lengths) + 1, dtype=torch.int32))
+def test_a_layout_that_fits_no_batch_is_refused():
+    with pytest.raises(ValueError, match="lengths: holds -1"):
+        attention.plan_layout([3, -1], torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(TypeError, match="cu_seqlens: dtype is int64, expected int32"):
+        attention.plan_layout([3, 2], torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"cu_seqlens: shape is \[2\], expected \[3\]"):
+        attention.plan_layout([3, 2], torch.zeros(2, dtype=torch.int32))
 
 
 def test_rotary_positions_need_an_even_head_size():
