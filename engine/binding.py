@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
 
 PROOF_TOLERANCE = 1e-4
-Kinds = dict[str, tuple[Callable[[Any], bool], Callable[..., Tensor]]]
+Kinds = dict[str, tuple[Callable[[Any], bool], Callable[..., Any]]]
 
 
 def bind_kinds(running: RunningModel, kinds: Kinds) -> dict[str, int]:

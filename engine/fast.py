@@ -86,7 +86,7 @@ def _merged_projection(self: Any, rows: Tensor) -> Tensor:
 def bind_rotary(running: RunningModel) -> int:
     """ModernBERT-like attention from its one projection as it lies: positions are turned without a pass over separate
     queries and keys. Bound where the logits stay the same on random sequences; returns how many."""
-    return sum(bind_kinds(running, {"rotary attention": (is_rotary_attention, rotary_forward)}).values())
+    return bind_kinds(running, {"rotary attention": (is_rotary_attention, rotary_forward)})["rotary attention"]
 
 
 def is_rotary_attention(module: Any) -> bool:

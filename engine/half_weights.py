@@ -97,7 +97,7 @@ def bind_half_weights(running: RunningModel) -> int:
             module.forward = _linear_forward.__get__(module)  # type: ignore[method-assign]
             count += 1
         elif getattr(bound, "__func__", None) is _merged_attention_forward:
-            module.regraft_half = HalfWeights([module.query, module.key, module.value])  # type: ignore[assignment, list-item]
+            module.regraft_half = HalfWeights([module.query, module.key, module.value])
     return count
 
 

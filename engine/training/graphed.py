@@ -128,7 +128,7 @@ class GraphedGradients:
         compiled: str | None = None,
     ) -> None:
         self.running, self.autocast, self.capture = running, autocast, capture
-        self.loss: StepLoss = loss if hasattr(loss, "fill") else SequenceLoss(loss)  # type: ignore[assignment, arg-type]
+        self.loss: StepLoss = loss if hasattr(loss, "fill") else SequenceLoss(loss)  # type: ignore[assignment]
         self.parameters = [p for p in parameters if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
         self.device = self.parameters[0].device

@@ -85,7 +85,7 @@ def makers_of(run: _Run) -> Makers:
         loss = step_loss(run.data.task)
         assert not isinstance(loss, str)
         options = {"autocast": run.accelerator.autocast, "capture": capture, "compiled": compiled}
-        return GraphedGradients(run.running, loss, run.parameters, **options)  # type: ignore[arg-type]
+        return GraphedGradients(run.running, loss, run.parameters, **options)
 
     return {
         "graphs": lambda: graphed(True, None),
@@ -114,14 +114,13 @@ def try_ways(
                 trial.left_out[name] = f"the whole run takes about {known:.0f} s"
                 continue
             try:
-                made[name] = stepper.graphed = make()
+                way = made[name] = stepper.graphed = make()
                 seconds = measure(stepper, steps)
             except Exception as error:  # what a compiler or a model of unknown make raises: another way is taken
                 trial.left_out[name] = _first_line(error)
             else:
-                failed = made[name] is not None and name == "graphs" and not made[name].capture
-                if failed:
-                    trial.left_out[name] = made[name].reason
+                if name == "graphs" and way is not None and not way.capture:
+                    trial.left_out[name] = way.reason
                 else:
                     trial.seconds[name] = seconds
             finally:

@@ -236,6 +236,26 @@ def modern(
     return running
 
 
+def test_a_rotary_model_as_it_is_exported_gives_the_same_logits():
+    from regraft.engine.graphs import GraphLayout
+
+    running = modern().eval()
+    batch = batch_of(40, 1, 17)
+    lengths = torch.tensor(batch.lengths)
+    cells = torch.arange(40)
+    inside = cells < lengths[:, None]
+    starts = batch.cu_seqlens[:-1, None].long()
+    layout = GraphLayout(torch.where(inside, starts + cells, 0), inside.flatten().nonzero()[:, 0], lengths)
+    with torch.no_grad():
+        expected = running(batch)
+        running.use_kernels()
+        found = running.run_layout(layout, batch.input_ids, batch.position_ids, None)
+        fast = running(batch)
+    assert "forward" in vars(running.model.model.layers[1].attn)
+    assert torch.allclose(fast, expected, atol=2e-5, rtol=1e-4)
+    assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("options", [{}, {"classifier_pooling": "mean"}, {"mlp_bias": True, "attention_bias": True}])
 def test_a_gated_and_rotary_model_gives_the_same_logits_and_gradients_by_fused_modules(options):
     batch = batch_of(40, 1, 17, 33)  # longer than the window of the local layers
