@@ -115,8 +115,7 @@ def plan_run(config: RunConfig, *, alternatives: bool = True) -> RunPlan:
 
 def _probe(run: Any, largest: np.ndarray) -> float:
     """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first."""
-    from regraft.engine.batches import by_length
-    from regraft.engine.evaluation import run_outputs
+    from regraft.engine.evaluation import evaluate
 
     run.stepper.rehearse(len(largest))
     tokens, seconds = 0, 0.0
@@ -126,8 +125,8 @@ def _probe(run: Any, largest: np.ndarray) -> float:
         began = time.perf_counter()
         tokens += run.stepper(step, rows).tokens
         seconds += time.perf_counter() - began
-    dev = run.data.splits["dev"]
-    run_outputs(run.running, dev, by_length(dev.store.lengths, 8192)[0], run.accelerator)
+    # with its figures: what computes them is imported then, and stays
+    evaluate(run.running, run.data.splits["dev"], run.data.task, accelerator=run.accelerator, most_batches=1)
     run.set_training_mode()
     return tokens / max(seconds, 1e-9)
 
