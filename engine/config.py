@@ -199,6 +199,9 @@ class TrainingConfig(Section):
     token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
     checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: the machine's share")
+    steps: Literal["auto", "graphs", "compiled", "eager"] = Field(
+        "auto", description="on a GPU: what a trial finds fastest, CUDA graphs, torch.compile or kernel by kernel"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainingConfig:
@@ -340,7 +343,7 @@ class RunConfig(Section):
 
 
 # Keys, of the run and of training, that change where and how often a run writes and how fast it is, not its result.
-NOT_DECISIVE = frozenset({"run", "trackers", "checkpoint_every", "threads"})
+NOT_DECISIVE = frozenset({"run", "trackers", "checkpoint_every", "threads", "steps"})
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -203,7 +203,7 @@ class RunningModel(nn.Module):
 
     def use_kernels(self) -> None:
         """Bind the fast forwards on this model's instances; parameters stay."""
-        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
+        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections, bind_rotary
 
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         if on_cpu:
@@ -216,6 +216,7 @@ class RunningModel(nn.Module):
             if self._first_rows_only:
                 bind_last_layer(self)
             bind_merged_projections(self)
+            bind_rotary(self)
             if next(self.model.parameters()).device.type == "cuda":
                 from regraft.engine.fast_gpu import bind_fused
 

@@ -104,6 +104,10 @@ class GraftedEncoder(nn.Module):
                 return rows.index_select(0, layout.starts)
             if pooling == "mean":
                 return layout.means(rows.flatten(1)).unflatten(1, rows.shape[1:])
+            if not hasattr(layout, "pad_index"):  # not a graph that is being exported
+                from regraft.kernels.pooling import segment_pool  # brings Triton along
+
+                return segment_pool(rows.flatten(1), layout.cu_seqlens, "max").unflatten(1, rows.shape[1:])
             cells, lengths = to_cells(rows, layout)
         elif pooling == "first":
             return hidden[:, 0]

@@ -40,7 +40,7 @@ class HeadStepper(Stepper):
 
     mix: ScalarMix | None = None
 
-    def _gradients(self, step: int, rows: np.ndarray) -> float:
+    def _gradients(self, step: int, rows: np.ndarray) -> Tensor:
         loss = super()._gradients(step, rows)
         if self.mix is not None and self.mix.penalty:
             # After all micro-batches and processes: the penalty belongs to the step, once.

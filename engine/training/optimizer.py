@@ -96,6 +96,8 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
         optimizer.step()
     finally:
         optimizer.grad_scale = None  # type: ignore[attr-defined]
+    # The fused kernel of a CPU writes weights without raising their version, which tells that a copy of one is out of date.
+    torch.autograd.graph.increment_version(p for group in optimizer.param_groups for p in group["params"])
 
 
 class AveragedWeights:

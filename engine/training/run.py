@@ -154,6 +154,7 @@ class _Run:
         from regraft.engine.training.order import Plan
         from regraft.engine.training.setup import choose_token_budget
         from regraft.engine.training.step import Stepper
+        from regraft.engine.training.ways import set_way
 
         config, training = self.config, self.config.training
         self.accelerator = Accelerator(
@@ -205,8 +206,8 @@ class _Run:
             token_budget=choose_token_budget(config, model, self.precision),
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
-            graphed=self.graph_steps(),
         )
+        set_way(self)
         how = "packed" if self.running.packed else "padded"
         self.say(
             f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
@@ -251,13 +252,6 @@ class _Run:
         alone_on_cpu = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
         usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
         return bind_embedding(model) if usable else None
-
-    def graph_steps(self) -> Any:
-        from regraft.engine.training.graphed import graph_steps
-
-        options = {"precision": self.precision, "kernels": self.config.model.kernels}
-        autocast, say = self.accelerator.autocast, self.say
-        return graph_steps(self.running, self.data.task, self.parameters, autocast=autocast, say=say, **options)
 
     def set_training_mode(self) -> None:
         self.running.train()
@@ -318,7 +312,8 @@ class _Run:
         set_learning_rate(self.optimizer, learning_rate_share(training, step, self.plan.total_steps))
         if self.unfreezing:
             self.unfreezing.at(step)
-        result = self.stepper(step, rows)
+        known = step + 1 < self.plan.total_steps and self.plan.epoch_of(step + 1) == epoch
+        result = self.stepper(step, rows, self.plan.batch(step + 1, self.order) if known else None)
         if result.applied:
             state.bad_in_a_row = 0
             if self.averaged:
