@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from regraft.engine.batches import collate_examples
+from regraft.engine.errors import TrainingError
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
 from regraft.engine.training.optimizer import clipped_step, gradient_norm
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from regraft.engine.examples import Examples
     from regraft.engine.training.graphed import GraphedGradients
+    from regraft.engine.training.sharding import Shards
     from regraft.kernels.embedding import RowGradient
 
 
@@ -43,7 +45,7 @@ class Stepper:
 
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: Any
     parameters: Sequence[torch.Tensor]
     task: Task
     examples: Examples
@@ -52,6 +54,7 @@ class Stepper:
     max_grad_norm: float | None
     rows: RowGradient | None = None
     graphed: GraphedGradients | None = None
+    shards: Shards | None = None
 
     def __call__(self, step: int, rows: np.ndarray) -> StepResult:
         """Take step number `step` over the units `rows`."""
@@ -59,7 +62,11 @@ class Stepper:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
+        if self.shards is not None:
+            self.shards.bring_gradients()
         norm = gradient_norm(self.parameters, self.rows)
+        if self.shards is not None:
+            norm = self.shards.whole_norm(norm)
         value = float(norm)
         applied = bool(np.isfinite(value)) and bool(np.isfinite(loss))
         if applied:
@@ -77,6 +84,12 @@ class Stepper:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
+                if self.shards is not None:
+                    raise TrainingError(
+                        f"out of memory in step {step} at a token budget of {self.token_budget}. The other processes are in "
+                        "the middle of the same step, for weights are shared out: set training.token_budget to less and "
+                        "start again"
+                    ) from error
                 longest = int(self.examples.lengths[rows].max())
                 if self.token_budget <= longest:
                     raise
@@ -97,6 +110,8 @@ class Stepper:
         """Forget all gradients."""
         if self.rows is not None:
             self.rows.clear()
+        if self.shards is not None:
+            self.shards.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, step: int, rows: np.ndarray) -> float:
@@ -107,27 +122,24 @@ class Stepper:
         # Every process draws the whole step, so that all know its weight.
         examples, rows = self.task.draw(self.examples, rows, (self.seed, step))
         total = float(examples.unit_weights[rows].sum())
-        lengths = examples.lengths[rows]
-        mine = rows[share_by_tokens(lengths, accelerator.num_processes)[accelerator.process_index]]
-        idle = len(mine) == 0  # fewer rows than processes: take part with weight 0, the others wait for our gradients
-        mine = rows[:1] if idle else mine
-        parts = [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
+        parts = self.micro_batches(examples, rows)
         # Gradients are averaged over processes; the loss is divided by the whole step's weight.
         factor = accelerator.num_processes / total if total > 0 else 0.0
         lost = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for number, part in enumerate(parts):
+        for number, (part, counts) in enumerate(parts):
             last = number == len(parts) - 1
             seed = step_seed(self.seed, step, accelerator.process_index, number)
             torch.manual_seed(seed)
             sequences = examples.sequences(part)
-            weights = torch.from_numpy(examples.weights[sequences] * (0.0 if idle else 1.0))
+            weights = torch.from_numpy(examples.weights[sequences] * (1.0 if counts else 0.0))
             targets = torch.from_numpy(self.task.targets_of(examples, sequences))
             batch = collate_examples(examples, sequences)
             if self.graphed is not None:
                 lost += self.graphed(batch, targets, weights, factor=factor, seed=seed)
                 continue
             weights, targets = weights.to(accelerator.device), targets.to(accelerator.device)
-            sync: Any = nullcontext() if last else accelerator.no_sync(self.model)
+            synced = last or self.shards is not None  # whole gradients are what shards are there to spare
+            sync: Any = nullcontext() if synced else accelerator.no_sync(self.model)
             with sync:
                 batch = batch.to(accelerator.device)
                 loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
@@ -138,6 +150,18 @@ class Stepper:
         if accelerator.num_processes > 1:
             lost = accelerator.reduce(lost, reduction="mean")
         return float(lost)
+
+    def micro_batches(self, examples: Examples, rows: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+        """This process's share of a step's rows in micro-batches, each with whether it counts. One that does not is there
+        for the others' sake, who wait: for its gradients, and for every layer where weights are shared out."""
+        shares = share_by_tokens(examples.lengths[rows], self.accelerator.num_processes)
+        number = self.accelerator.process_index
+        cut = [self._cut(examples, rows[s]) if n == number or self.shards else [] for n, s in enumerate(shares)]
+        spare = max(1, *(len(parts) for parts in cut)) - len(cut[number])
+        return [(part, True) for part in cut[number]] + [(rows[:1], False)] * spare
+
+    def _cut(self, examples: Examples, mine: np.ndarray) -> list[np.ndarray]:
+        return [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
 
 
 def out_of_memory(error: Exception) -> bool:
