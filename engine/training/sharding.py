@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.errors import ConfigError, ModelError
-from regraft.engine.training.together import limit_waiting, processes
+from regraft.engine.errors import ModelError
+from regraft.engine.training.together import limit_waiting, machines, processes
 
 if TYPE_CHECKING:
     from regraft.engine.config import RunConfig
@@ -30,22 +30,6 @@ if TYPE_CHECKING:
 def is_shared_out(config: RunConfig) -> bool:
     """Whether the configuration asks for shards and a launcher started this process, if only this one."""
     return config.training.sharding != "none" and "RANK" in os.environ
-
-
-def machines(config: RunConfig) -> int:
-    """How many machines hold a whole set of shards each: 1 where all processes share one set.
-
-    Raises ConfigError where the processes are not the same number on every machine.
-    """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes())))
-    if config.training.sharding != "hybrid":
-        return 1
-    if processes() % here:
-        raise ConfigError(
-            f"training.sharding: hybrid needs as many processes on every machine; {processes()} in all are no multiple of "
-            f"the {here} on this one. Start as many on each, or set sharding: full"
-        )
-    return processes() // here
 
 
 def accelerate_options(config: RunConfig) -> dict[str, Any]:
@@ -68,7 +52,7 @@ def accelerate_options(config: RunConfig) -> dict[str, Any]:
             mixed_precision_policy=MixedPrecisionPolicy(),
         )
     }
-    replicas = machines(config)
+    replicas = machines(config.training.sharding)
     if 1 < replicas < processes():
         options["parallelism_config"] = ParallelismConfig(
             dp_replicate_size=replicas, dp_shard_size=processes() // replicas
@@ -206,7 +190,7 @@ def share_out(running: RunningModel, optimizer: torch.optim.Optimizer, accelerat
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
         accelerator.prepare(running, optimizer)
     else:
-        _share_out_on_cpu(running, units, optimizer, machines(config))
+        _share_out_on_cpu(running, units, optimizer, machines(config.training.sharding))
     # The root's weights are taken apart after a forward too: left whole, an evaluation would leave a copy behind that
     # the optimizer, or a swap with the averaged weights, does not reach.
     running.set_reshard_after_forward(True)  # type: ignore[operator]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.errors import ConfigError, RegraftError, TrainingError
 
 ROLL_CALL_SECONDS = 5.0
 STORE_SECONDS = 10.0
@@ -24,6 +24,22 @@ def rank() -> int:
 def processes() -> int:
     """How many processes torchrun, accelerate or `--processes` started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def machines(sharding: str) -> int:
+    """How many machines hold a whole set of shards each: 1 where all processes share one set.
+
+    Raises ConfigError where the processes are not the same number on every machine.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes())))
+    if sharding != "hybrid":
+        return 1
+    if processes() % here:
+        raise ConfigError(
+            f"training.sharding: hybrid needs as many processes on every machine; {processes()} in all are no multiple of "
+            f"the {here} on this one. Start as many on each, or set sharding: full"
+        )
+    return processes() // here
 
 
 def meet(timeout: float) -> None:

@@ -26,7 +26,7 @@ from regraft.engine.training.offload import OffloadedAdamW, offloaded
 from regraft.engine.training.optimizer import clipped_step, gradient_norm
 from regraft.engine.training.order import share_by_tokens
 from regraft.engine.training.run import train
-from regraft.engine.training.sharding import machines
+from regraft.engine.training.together import machines
 
 # 61 rows in steps of 6: the last one has a single row. 40 tokens a micro-batch: two to four of them, and one process may
 # have more than the other. Clipping is at work in every step.
@@ -166,13 +166,15 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_is_read(settings, 
 
 
 def test_machines_with_unlike_numbers_of_processes_cannot_hold_a_set_of_shards_each(make_config, monkeypatch):
-    config = load_config(make_config(), ["training.sharding=hybrid"])
+    config = load_config(make_config(), ["training.sharding=hybrid", "training.batch_size=32"])
+    monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "12")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ConfigError, match="12 in all are no multiple of the 8 on this one"):
-        machines(config)
+        train(config, quiet=True)
+    assert not Path(config.run).exists()
     monkeypatch.setenv("WORLD_SIZE", "16")
-    assert machines(config) == 2
+    assert machines("hybrid") == 2
 
 
 def optimizers() -> tuple[list[torch.Tensor], torch.optim.AdamW]:
