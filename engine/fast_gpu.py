@@ -6,12 +6,12 @@ BERT's, and stays bound only where the logits on random sequences stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.binding import Kinds, bind_kinds, is_intermediate, is_output, same
 from regraft.engine.varlen_layout import VarlenLayout
 from regraft.kernels.embedding_norm import embedding_layer_norm
 from regraft.kernels.gelu import bias_gelu
@@ -19,8 +19,6 @@ from regraft.kernels.norm import dropout_add_layer_norm
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
-
-PROOF_TOLERANCE = 1e-4
 
 
 def bind_fused(running: RunningModel) -> dict[str, int]:
@@ -32,40 +30,15 @@ def bind_fused(running: RunningModel) -> dict[str, int]:
     batch = _small_batch(running)
     before = _logits(running, batch)
     running.layout_of = VarlenLayout.of  # type: ignore[method-assign]
-    if not _same(_logits(running, batch), before):
+    if not same(_logits(running, batch), before):
         del running.layout_of
         return {}
-    bound = {}
-    for name, (built_alike, forward) in KINDS.items():
-        found = [m for m in running.model.modules() if "forward" not in vars(m) and built_alike(m)]
-        for module in found:
-            module.forward = forward.__get__(module)
-        try:
-            kept = not found or _same(_logits(running, batch), before)
-        except Exception:  # a module of like parts that is called in another way
-            kept = False
-        if not kept:
-            for module in found:
-                del module.forward
-        bound[name] = len(found) if kept else 0
-    return bound
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found.float(), wanted.float(), rtol=PROOF_TOLERANCE, atol=PROOF_TOLERANCE)
+    return bind_kinds(running, KINDS)
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _is_output(module: Any) -> bool:
-    # BertSelfOutput, BertOutput and their kin: LayerNorm(dropout(dense(x)) + residual)
-    parts = [type(getattr(module, name, None)) for name in ("LayerNorm", "dropout")]
-    return parts == [nn.LayerNorm, nn.Dropout] and isinstance(getattr(module, "dense", None), nn.Module) and not any(
-        hasattr(module, name) for name in ("query", "word_embeddings")
-    )  # fmt: skip
 
 
 def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -75,13 +48,6 @@ def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> T
     norm = self.LayerNorm
     options = {"eps": norm.eps, "p": p, "seed": seed, "site": site}
     return dropout_add_layer_norm(x, input_tensor.to(x.dtype), norm.weight, norm.bias, **options)
-
-
-def _is_intermediate(module: Any) -> bool:
-    # The exact GELU alone: its class in transformers, or torch's without approximation
-    act = getattr(module, "intermediate_act_fn", None)
-    exact = type(act).__name__ == "GELUActivation" or (type(act) is nn.GELU and act.approximate == "none")
-    return exact and type(getattr(module, "dense", None)) is nn.Linear
 
 
 def _intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -119,8 +85,8 @@ def _embeddings_forward(
     return out[None]
 
 
-KINDS: dict[str, tuple[Callable[[Any], bool], Callable[..., Tensor]]] = {
-    "dropout + residual + LayerNorm": (_is_output, _output_forward),
-    "bias + GELU": (_is_intermediate, _intermediate_forward),
+KINDS: Kinds = {
+    "dropout + residual + LayerNorm": (is_output, _output_forward),
+    "bias + GELU": (is_intermediate, _intermediate_forward),
     "embeddings + LayerNorm": (_is_embeddings, _embeddings_forward),
 }

@@ -206,8 +206,13 @@ class RunningModel(nn.Module):
         """Bind the fast forwards on this model's instances; parameters stay."""
         from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
 
-        if next(self.model.parameters()).device.type == "cpu":
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if on_cpu:
             bind_dropout(self.model)
+        if self.packed and on_cpu:
+            from regraft.engine.fast_cpu import bind_native
+
+            bind_native(self)
         if self.packed:
             if self._first_rows_only:
                 bind_last_layer(self)

@@ -136,6 +136,26 @@ def hold_over_draws(measure: Callable[[], Sequence[Measured]], draws: int = 8) -
         )
 
 
+def attention_by_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    keys: list[int] | None = None,
+) -> Tensor:
+    """Plain attention, sequence by sequence: q [M, H, D], k, v [T, H, D]; `keys`: lengths of k's where they differ."""
+    out = []
+    for a, b, c in zip(q.split(lengths), k.split(keys or lengths), v.split(keys or lengths), strict=True):
+        scores = torch.einsum("ihd,jhd->hij", a, b) * scale
+        if window is not None:
+            at = torch.arange(len(a))
+            scores = scores.masked_fill(((at[:, None] - at[None, :]).abs() > window)[None], float("-inf"))
+        out.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), c))
+    return torch.cat(out)
+
+
 def hold_gradients_to_finite_differences(function: Callable[..., Tensor], inputs: Sequence[Tensor], form: str) -> None:
     """fp64 gradcheck of a small case in one form; along random directions, where every call is interpreted."""
     with forced(form), poisoned():
