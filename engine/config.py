@@ -23,6 +23,7 @@ from regraft.engine.methods.settings import (
     UnfreezeSettings,
 )
 from regraft.engine.section import Section
+from regraft.engine.training.settings import MachineSettings, check_machine
 
 Rule = Literal["error", "drop"]
 # YAML reads a bare `off` as false.
@@ -165,8 +166,8 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0)
 
 
-class TrainingConfig(Section):
-    """How it is learned (first block) and how fast (second block: changes no result beyond rounding)."""
+class TrainingConfig(MachineSettings):
+    """How it is learned; how fast is said by what it is built on, which changes no result beyond rounding."""
 
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(32, ge=1, description="sequences an optimizer step, over all processes")
@@ -191,24 +192,10 @@ class TrainingConfig(Section):
     early_stopping: EarlyStopping | None = None
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row before training stops")
 
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
-        "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to the host when a GPU is full"
-    )
-    gradient_checkpointing: bool = Field(False, description="keep one activation a layer, compute the others again")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
-    checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null: the machine's share")
-    steps: Literal["auto", "graphs", "compiled", "eager"] = Field(
-        "auto", description="on a GPU: what a trial finds fastest, CUDA graphs, torch.compile or kernel by kernel"
-    )
-
     @model_validator(mode="after")
     def _fits_together(self) -> TrainingConfig:
         if isinstance(self.evaluate_every, int) and self.evaluate_every < 1:
             raise ValueError("evaluate_every: must be at least 1")
-        if isinstance(self.token_budget, int) and self.token_budget < 16:
-            raise ValueError("token_budget: must be at least 16 tokens")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas: both must be in [0, 1)")
         if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
@@ -317,6 +304,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
+        check_machine(self.method, self.training)
         for section, methods in SECTIONS.items():
             if self.method not in methods and getattr(self, section) != type(getattr(self, section))():
                 raise ValueError(
@@ -343,7 +331,9 @@ class RunConfig(Section):
 
 
 # Keys, of the run and of training, that change where and how often a run writes and how fast it is, not its result.
-NOT_DECISIVE = frozenset({"run", "trackers", "checkpoint_every", "threads", "steps"})
+NOT_DECISIVE = frozenset(
+    {"run", "trackers", "checkpoint_every", "threads", "steps", "sharding", "offload_optimizer", "timeout"}
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

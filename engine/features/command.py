@@ -19,6 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--to", type=float, metavar="GB", help="prune: delete least recently used shards down to this")
     parser.add_argument("--store", metavar="NAME", help="prune: delete this store")
     parser.add_argument("--clusters", type=int, metavar="K", help="group the training texts and show the nearest rows")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the texts among N processes here")
     parser.set_defaults(handler=run)
 
 
@@ -77,6 +78,8 @@ def _compute(args: argparse.Namespace) -> int:
     from regraft.engine.training.splits import read_splits
 
     config = load_config(args.what, args.overrides)
+    if args.processes != 1:
+        return _in_processes(args)
     speaks = int(os.environ.get("RANK", "0")) == 0
 
     def say(line: str) -> None:
@@ -98,3 +101,14 @@ def _compute(args: argparse.Namespace) -> int:
 
         show_clusters(found["train"], parts["train"], args.clusters, config.training.seed)
     return 0
+
+
+def _in_processes(args: argparse.Namespace) -> int:
+    from regraft.engine.errors import ConfigError
+    from regraft.engine.training.launch import launch
+
+    if args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: expected at least 1")
+    flags = [x for o in args.overrides for x in ("--set", o)]
+    flags += ["--clusters", str(args.clusters)] if args.clusters else []
+    return launch([args.what, *flags], args.processes, "features")

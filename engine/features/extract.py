@@ -72,8 +72,9 @@ def features_of(config: RunConfig, splits: dict[str, Rows], say: Say, *, shown: 
             store.refresh()
             missing = store.missing(whole)
             everyone.wait()  # every process has seen the same rows missing before the first one writes
-            mine = np.array_split(missing, everyone.count)[everyone.rank]
-            _compute(config, spec, tokenizer, store, _joined(list(splits.values())), whole, mine, everyone, say, shown)
+            texts = _joined(list(splits.values()))
+            mine = _share(missing, texts[0], everyone)
+            _compute(config, spec, tokenizer, store, texts, whole, mine, everyone, say, shown)
             everyone.wait()
         store.refresh()
     found = {name: FeatureRows(store, store.find(k)) for name, k in keys.items()}
@@ -96,6 +97,15 @@ def features_of(config: RunConfig, splits: dict[str, Rows], say: Say, *, shown: 
             kept = {store.shards[n].path for n in used}
             prune(store_root(config.features.store), int(config.features.limit_gb * 1e9), keep=kept)
     return found
+
+
+def _share(rows: np.ndarray, texts: list[str], everyone: Processes) -> np.ndarray:
+    """This process's rows: a piece in order that holds about as much text as the others', so that they finish together."""
+    if everyone.count == 1 or not len(rows):
+        return rows
+    ends = np.cumsum([len(texts[r]) + 1 for r in rows])
+    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, everyone.count) / everyone.count)
+    return np.split(rows, bounds)[everyone.rank]
 
 
 def _joined(splits: list[Rows]) -> tuple[list[str], list[str] | None]:

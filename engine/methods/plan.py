@@ -171,6 +171,8 @@ def _count(method: str, model: nn.Module, config: RunConfig, activations: int) -
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     gradients = sum(p.numel() * p.element_size() for p in trained)
     a_moment = 1 if config.training.optimizer != "adamw" else 4
+    if config.training.offload_optimizer and torch.cuda.is_available():
+        a_moment = 0  # they are in the memory of the host
     numbers = sum(p.numel() for p in trained)
     averages = gradients if config.training.ema else 0
     memory = Memory(weights, gradients, 2 * a_moment * numbers, averages, activations)

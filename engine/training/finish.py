@@ -56,7 +56,13 @@ def load_best(run: _Run) -> None:
     """Put the best checkpoint's weights into the model in memory."""
     from safetensors.torch import load_file
 
-    if run.adaptation.is_adapter:
+    if run.shards is not None:
+        from regraft.engine.methods.adapt import WEIGHTS
+        from regraft.engine.training.sharding import put, saved_tensors
+
+        weights = load_file(run.folder / "best" / (WEIGHTS if run.adaptation.is_adapter else "model.safetensors"))
+        put(run.vocabulary.cut(weights) if run.vocabulary else weights, saved_tensors(run.adaptation))
+    elif run.adaptation.is_adapter:
         run.adaptation.load(run.folder / "best")
     else:
         weights = load_file(run.folder / "best" / "model.safetensors")

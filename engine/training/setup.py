@@ -16,6 +16,7 @@ from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
 from regraft.engine.training.splits import read_parts
+from regraft.engine.training.together import together
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,13 @@ class Prepared:
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Prepared:
     """Read, check and tokenise every split. Nothing is dropped in silence: `notes` and `say` tell what was.
 
-    Raises DataError and ModelError.
+    Raises DataError and ModelError. Of several processes, all raise what is wrong in one.
     """
+    with together("reading the data"):
+        return _prepare(config, say)
+
+
+def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     data = config.data
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
