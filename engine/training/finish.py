@@ -54,12 +54,12 @@ def finish_run(run: _Run) -> dict[str, dict[str, float]]:
 
 def load_best(run: _Run) -> None:
     """Put the best checkpoint's weights into the model in memory."""
-    from safetensors.torch import load_file
+    from regraft.engine.heads.live import saved_weights
 
     if run.adaptation.is_adapter:
         run.adaptation.load(run.folder / "best")
     else:
-        weights = load_file(run.folder / "best" / "model.safetensors")
+        weights = saved_weights(run.running.model, run.folder / "best")
         run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
     run.running.output_scale = None  # it is in the saved weights
 

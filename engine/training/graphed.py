@@ -44,7 +44,7 @@ def why_not_graphed(running: RunningModel, *, precision: str, kernels: str, capt
         return f"the model runs padded ({running.reason})"
     if running.layout_of != VarlenLayout.of:
         return "its attention does not run on cu_seqlens"
-    if running.reads != "first":
+    if running.reads != "first" or getattr(running.model, "keeps_all_rows", False):
         return "its head reads more than the first row of each sequence"
     if precision == "fp16":
         return "fp16 scales its loss by a value that changes"

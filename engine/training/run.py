@@ -145,11 +145,11 @@ class _Run:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
+        from regraft.engine.heads.live import model_of
         from regraft.engine.methods.adapt import adapt
         from regraft.engine.methods.speed import use_method_kernels
         from regraft.engine.models import RunningModel
         from regraft.engine.output_scale import scale_output
-        from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
         from regraft.engine.training.setup import choose_token_budget
@@ -166,7 +166,7 @@ class _Run:
         )
         torch.manual_seed(training.seed)  # a fresh head is drawn here
         task = self.data.task
-        model = load_classifier(config.model, task)
+        model = model_of(config, task)
         task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)
@@ -436,7 +436,8 @@ class _Run:
 
     def findings(self) -> dict[str, Any]:
         """What a method learned besides its weights, for the report."""
-        return {}
+        told = getattr(self.running.model, "findings", None)
+        return told() if told else {}
 
     def checkpoint_if_due(self) -> None:
         every = self.config.training.checkpoint_every
