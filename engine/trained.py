@@ -119,6 +119,10 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
 
     folder = find_trained(path)
     facts = read_facts(folder)
+    if "bag" in facts:
+        from regraft.engine.words.bags import load_bag
+
+        return load_bag(folder, facts)
     if "words" in facts:
         from regraft.engine.words.model import load_words
 

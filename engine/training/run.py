@@ -17,7 +17,6 @@ import yaml
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.heads.settings import WORD_METHODS
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
@@ -51,6 +50,8 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
+    from regraft.engine.training.recipes import recipe_of
+
     run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         return run.go()
@@ -63,23 +64,6 @@ def train(
         ) from error
     finally:
         thaw()
-
-
-def recipe_of(config: RunConfig) -> type[_Run]:
-    """The recipe of a method: the one below, or what a method changes of it."""
-    if config.method == "frozen":
-        from regraft.engine.heads.run import FrozenRun
-
-        return FrozenRun
-    if config.method == "contrastive":
-        from regraft.engine.heads.contrastive import ContrastiveRun
-
-        return ContrastiveRun
-    if config.method in WORD_METHODS:
-        from regraft.engine.words.run import WordsRun
-
-        return WordsRun
-    return _Run
 
 
 class _Run:
