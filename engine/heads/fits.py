@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from regraft.engine.errors import ConfigError
-from regraft.engine.heads.settings import BAG_METHODS, LIVE_HEADS, LIVE_METHODS, WORD_METHODS
+from regraft.engine.heads.settings import BAG_METHODS, LIVE_HEADS, LIVE_METHODS, SOLVED, WORD_METHODS
 
 if TYPE_CHECKING:
     from regraft.engine.config import RunConfig
 
-SOLVED = frozenset({"logistic", "svm", "centroid", "zeroshot"})
 TOKEN_TASKS = frozenset({"tagging", "answering"})
 TAGGING_HEADS = frozenset({"linear", "mlp", "bilstm", "cnn"})
 

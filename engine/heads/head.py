@@ -14,7 +14,6 @@ from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions, 
 from regraft.engine.heads.combine import Concatenation, ScalarMix, Standardise
 from regraft.engine.heads.settings import HeadConfig
 
-FITTED = frozenset({"logistic", "svm", "centroid", "zeroshot"})  # solved at once, then linear
 ON_THE_SPHERE = frozenset({"centroid", "zeroshot"})  # compare directions
 
 

@@ -18,10 +18,11 @@ from regraft.engine.features.spec import feature_spec, model_folder
 from regraft.engine.heads.adamw import FusedAdamW
 from regraft.engine.heads.fits import check_head
 from regraft.engine.heads.fitted import describe, fit
-from regraft.engine.heads.head import FITTED, ON_THE_SPHERE, Head, build_head
+from regraft.engine.heads.head import ON_THE_SPHERE, Head, build_head
 from regraft.engine.heads.local import LocalProcess
 from regraft.engine.heads.model import save_grafted, save_head
 from regraft.engine.heads.order import RANDOM_BELOW
+from regraft.engine.heads.settings import SOLVED
 from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan
 from regraft.engine.tasks.base import TOKENS
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer, parameter_groups
@@ -64,7 +65,7 @@ class FrozenRun(_Run):
         task = self.data.task
         tokens = task.reads == TOKENS
         head = build_head(self.config.head, len(self.spec.layers), self.spec.hidden, task.outputs, tokens=tokens)
-        self.fitted = self.config.head.type in FITTED
+        self.fitted = self.config.head.type in SOLVED
         head.start_at(task.scale)
         task.attach(head)
         self.fit_scale(head, features)

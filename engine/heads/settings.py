@@ -26,6 +26,7 @@ class FeaturesConfig(Section):
     limit_gb: float | None = Field(None, gt=0, description="least recently used shards are deleted beyond this")
 
 
+SOLVED = frozenset({"logistic", "svm", "centroid", "zeroshot"})  # at once, then they are linear
 TOKEN_HEADS = frozenset({"attention", "bilstm", "cnn"})
 
 

@@ -41,6 +41,7 @@ def load_several(models: Sequence[str | Path]) -> Trained:
     from regraft.engine.config import DataConfig
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
     from regraft.engine.methods.adapt import Adaptation
+    from regraft.engine.methods.settings import ADAPTERS
     from regraft.engine.tasks import task_from_spec
     from regraft.engine.tasks.base import FIRST
     from regraft.engine.tasks.several import Several
@@ -48,7 +49,7 @@ def load_several(models: Sequence[str | Path]) -> Trained:
     folders = [find_trained(model) for model in models]
     facts = [read_facts(folder) for folder in folders]
     for folder, about in zip(folders, facts, strict=True):
-        if "head" not in about or "features" not in about:
+        if "head" not in about or "features" not in about or about.get("method") in ADAPTERS:
             raise ExportError(
                 f"{folder}: method {about.get('method')!r}; only heads on a frozen encoder can share one (method: frozen)"
             )
