@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.heads.recurrent import read
+
 
 class Perceptron(nn.Module):
     """One hidden layer with GELU. Shape: [..., H] -> [..., hidden]."""
@@ -42,7 +44,7 @@ class BiLSTM(nn.Module):
     """Two LSTMs, one from each end; of a text the largest value of each unit over its tokens (Conneau et al. 2017).
 
     Shape: [B, L, H] -> [B, 2 * hidden], `states` -> [B, L, 2 * hidden]. The second direction reads the tokens turned round
-    by index, so padding is behind the text for both, and the whole exports as plain operators.
+    by index, so padding is behind the text for both.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -53,11 +55,12 @@ class BiLSTM(nn.Module):
 
     def states(self, cells: Tensor, lengths: Tensor) -> Tensor:
         """Each token's state in both directions; behind a text's end whatever comes."""
-        return torch.cat([self.ahead(cells)[0], _turned(self.back(_turned(cells, lengths))[0], lengths)], dim=-1)
+        back = _turned(read(self.back, _turned(cells, lengths)), lengths)
+        return torch.cat([read(self.ahead, cells), back], dim=-1)
 
     def forward(self, cells: Tensor, lengths: Tensor) -> Tensor:
         # The largest value is the same in either order: nothing need be turned back.
-        both = torch.cat([self.ahead(cells)[0], self.back(_turned(cells, lengths))[0]], dim=-1)
+        both = torch.cat([read(self.ahead, cells), read(self.back, _turned(cells, lengths))], dim=-1)
         return torch.where(inside(cells, lengths)[..., None], both, -torch.inf).amax(dim=1)
 
 
