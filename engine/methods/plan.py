@@ -132,10 +132,10 @@ def _probe(run: Any, largest: np.ndarray) -> float:
 
 
 def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, chosen: MethodPlan) -> MethodPlan:
+    from regraft.engine.heads.live import model_of
     from regraft.engine.methods.adapt import adapt
     from regraft.engine.methods.speed import use_method_kernels
     from regraft.engine.models import RunningModel
-    from regraft.engine.pretrained import load_classifier
 
     values = config.model_dump(mode="json") | {"method": method}
     for section, methods in SECTIONS.items():
@@ -143,7 +143,7 @@ def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, 
             values.pop(section, None)
     try:
         other = parse_config(values, source="plan")
-        model = load_classifier(other.model, run.data.task)
+        model = model_of(other, run.data.task)
         adapt(model, other, run.precision)
     except RegraftError as error:
         return MethodPlan(method, note=str(error))

@@ -16,7 +16,6 @@ import yaml
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.heads.settings import WORD_METHODS
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, open_run_folder, telling_full_disk
@@ -53,6 +52,8 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
+    from regraft.engine.training.recipes import recipe_of
+
     run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         with telling_full_disk(folder):
@@ -65,23 +66,6 @@ def train(
         raise who_is_missing(error, config.training.timeout) from error
     finally:
         thaw()
-
-
-def recipe_of(config: RunConfig) -> type[_Run]:
-    """The recipe of a method: the one below, or what a method changes of it."""
-    if config.method == "frozen":
-        from regraft.engine.heads.run import FrozenRun
-
-        return FrozenRun
-    if config.method == "contrastive":
-        from regraft.engine.heads.contrastive import ContrastiveRun
-
-        return ContrastiveRun
-    if config.method in WORD_METHODS:
-        from regraft.engine.words.run import WordsRun
-
-        return WordsRun
-    return _Run
 
 
 class _Run:
@@ -151,11 +135,11 @@ class _Run:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
+        from regraft.engine.heads.live import model_of
         from regraft.engine.methods.adapt import adapt
         from regraft.engine.methods.speed import use_method_kernels
         from regraft.engine.models import RunningModel
         from regraft.engine.output_scale import scale_output
-        from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.offload import offloaded
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
@@ -180,7 +164,7 @@ class _Run:
         if training.sharding != "none" and not shared_out:
             self.say("training.sharding: there is one process, which holds everything")
         with together("loading the model"):
-            model = load_classifier(config.model, task)
+            model = model_of(config, task)
             attach_to_shards(model, task) if shared_out else task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)
@@ -455,7 +439,8 @@ class _Run:
 
     def findings(self) -> dict[str, Any]:
         """What a method learned besides its weights, for the report."""
-        return {}
+        told = getattr(self.running.model, "findings", None)
+        return told() if told else {}
 
     def finish(self) -> RunResult:
         from regraft.engine.training.finish import finish_run
