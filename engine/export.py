@@ -72,6 +72,8 @@ def export_bundle(
     torch.set_num_threads(available_threads())
     trained = load_models(model)
     running = trained.running
+    if "bag" in trained.facts:
+        raise ExportError(f"{model}: {running.reason}")
     if layout == "packed" and not running.packed:
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
     comparison = None if trained.task.type == "several" else compare_rows(trained, data_file)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
+from regraft.engine.heads.recurrent import translations
 from regraft.engine.models import RunningModel, logits_of
 from regraft.kernels.rotary import rotate
 
@@ -199,6 +200,7 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) 
                 external_data=False,
                 verbose=False,
                 opset_version=20,
+                custom_translation_table=translations(),
             )
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -92,6 +92,7 @@ class RunningModel(nn.Module):
         self.reads = reads
         self.pad_token_id = pad_token_id
         self.position_offset = 0
+        self.runs_in_step = False  # with other processes, batch for batch, as weights that are shared out want it
         self.packed = False
         self.reason = ""
         self.output_scale: OutputScale | None = None

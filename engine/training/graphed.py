@@ -58,6 +58,8 @@ def why_not_graphed(
         return "its head reads marked tokens, of which each step has another number"
     if task is not None and isinstance(reason := step_loss(task), str):
         return reason
+    if getattr(running.model, "keeps_all_rows", False):
+        return "its head reads all rows of a sequence, each of its own length"
     if precision == "fp16":
         return "fp16 scales its loss by a value that changes"
     if unfreezing:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from regraft.engine.batches import collate_examples
+from regraft.engine.errors import TrainingError
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
 from regraft.engine.training.optimizer import clipped_step, gradient_norm
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from regraft.engine.packing import PackedBatch
     from regraft.engine.training.captured_optimizer import CapturedOptimizer
     from regraft.engine.training.graphed import GraphedGradients
+    from regraft.engine.training.sharding import Shards
     from regraft.kernels.embedding import RowGradient
 
 
@@ -59,7 +61,7 @@ class Stepper:
 
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: Any
     parameters: Sequence[torch.Tensor]
     task: Task
     examples: Examples
@@ -69,6 +71,7 @@ class Stepper:
     rows: RowGradient | None = None
     graphed: GraphedGradients | None = None
     update: CapturedOptimizer | None = None
+    shards: Shards | None = None
     _ahead: tuple[tuple[int, int], list[MicroBatch], float] | None = None
 
     def __call__(self, step: int, rows: np.ndarray, following: np.ndarray | None = None) -> StepResult:
@@ -88,7 +91,11 @@ class Stepper:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
+        if self.shards is not None:
+            self.shards.bring_gradients()
         norm = gradient_norm(self.parameters, self.rows)
+        if self.shards is not None:
+            norm = self.shards.whole_norm(norm)
         value = float(norm)
         applied = bool(np.isfinite(value)) and bool(np.isfinite(loss))
         if applied:
@@ -106,6 +113,12 @@ class Stepper:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
+                if self.shards is not None:
+                    raise TrainingError(
+                        f"out of memory in step {step} at a token budget of {self.token_budget}. The other processes are in "
+                        "the middle of the same step, for weights are shared out: set training.token_budget to less and "
+                        "start again"
+                    ) from error
                 longest = int(self.examples.lengths[rows].max())
                 if self.token_budget <= longest:
                     raise
@@ -126,6 +139,8 @@ class Stepper:
         """Forget all gradients."""
         if self.rows is not None:
             self.rows.clear()
+        if self.shards is not None:
+            self.shards.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
     def micro_batches(self, step: int, rows: np.ndarray) -> tuple[Iterator[MicroBatch], float]:
@@ -135,19 +150,15 @@ class Stepper:
         # Every process draws the whole step, so that all know its weight.
         examples, rows = self.task.draw(self.examples, rows, (self.seed, step))
         total = float(examples.unit_weights[rows].sum())
-        lengths = examples.lengths[rows]
-        mine = rows[share_by_tokens(lengths, accelerator.num_processes)[accelerator.process_index]]
-        idle = len(mine) == 0  # fewer rows than processes: take part with weight 0, the others wait for our gradients
-        mine = rows[:1] if idle else mine
-        parts = [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
+        parts = self._parts(examples, rows)
 
         def made() -> Iterator[MicroBatch]:
-            for number, part in enumerate(parts):
+            for number, (part, counts) in enumerate(parts):
                 sequences = examples.sequences(part)
                 yield MicroBatch(
                     collate_examples(examples, sequences),
                     torch.from_numpy(self.task.targets_of(examples, sequences)),
-                    torch.from_numpy(examples.weights[sequences] * (0.0 if idle else 1.0)),
+                    torch.from_numpy(examples.weights[sequences] * (1.0 if counts else 0.0)),
                     step_seed(self.seed, step, accelerator.process_index, number),
                 )
 
@@ -171,7 +182,9 @@ class Stepper:
                 lost += self.graphed(part.batch, part.targets, part.weights, factor=factor, seed=part.seed)
             else:
                 weights, targets = part.weights.to(accelerator.device), part.targets.to(accelerator.device)
-                sync: Any = nullcontext() if following is None else accelerator.no_sync(self.model)
+                # whole gradients are what shards are there to spare
+                synced = following is None or self.shards is not None
+                sync: Any = nullcontext() if synced else accelerator.no_sync(self.model)
                 with sync:
                     batch = part.batch.to(accelerator.device)
                     loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
@@ -185,6 +198,18 @@ class Stepper:
         if accelerator.num_processes > 1:
             lost = accelerator.reduce(lost, reduction="mean")
         return lost
+
+    def _parts(self, examples: Examples, rows: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+        """This process's share of a step's rows in micro-batches, each with whether it counts. One that does not is there
+        for the others' sake, who wait: for its gradients, and for every layer where weights are shared out."""
+        shares = share_by_tokens(examples.lengths[rows], self.accelerator.num_processes)
+        number = self.accelerator.process_index
+        cut = [self._cut(examples, rows[s]) if n == number or self.shards else [] for n, s in enumerate(shares)]
+        spare = max(1, *(len(parts) for parts in cut)) - len(cut[number])
+        return [(part, True) for part in cut[number]] + [(rows[:1], False)] * spare
+
+    def _cut(self, examples: Examples, mine: np.ndarray) -> list[np.ndarray]:
+        return [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
 
 
 def out_of_memory(error: Exception) -> bool:

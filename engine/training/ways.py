@@ -52,6 +52,9 @@ def set_way(run: _Run) -> None:
     on_gpu = run.accelerator.device.type == "cuda"
     if wanted == "eager" or (wanted == "auto" and not on_gpu):
         return
+    if stepper.shards is not None:  # every layer of a step waits for weights of other processes, which no graph holds
+        run.say("steps run without CUDA graphs: the weights are shared out among processes")
+        return
     from regraft.engine.training.graphed import why_not_graphed  # brings Triton along
 
     reason = why_not_graphed(
