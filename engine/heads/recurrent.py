@@ -19,9 +19,10 @@ def read(lstm: nn.LSTM, cells: Tensor) -> Tensor:
     """The state of a one-layer LSTM at each cell. Shape: [B, L, D] -> [B, L, hidden]."""
     if not torch.compiler.is_exporting():
         return lstm(cells)[0]
-    weight, recurrence = (_gates(w, lstm.hidden_size) for w in (lstm.weight_ih_l0, lstm.weight_hh_l0))
-    bias = torch.cat([_gates(b, lstm.hidden_size) for b in (lstm.bias_ih_l0, lstm.bias_hh_l0)])
-    states = onnx_lstm(cells.transpose(0, 1), weight[None], recurrence[None], bias[None], lstm.hidden_size)
+    own: Any = lstm
+    weight, recurrence = (_gates(w, own.hidden_size) for w in (own.weight_ih_l0, own.weight_hh_l0))
+    bias = torch.cat([_gates(b, own.hidden_size) for b in (own.bias_ih_l0, own.bias_hh_l0)])
+    states = onnx_lstm(cells.transpose(0, 1), weight[None], recurrence[None], bias[None], own.hidden_size)
     return states.transpose(0, 1)
 
 
@@ -51,7 +52,9 @@ def _(x: Tensor, weight: Tensor, recurrence: Tensor, bias: Tensor, hidden: int) 
 
 def translations() -> dict[Callable, Callable]:
     """What torch.onnx.export is to write for the operators of ours."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20
 
     def lstm(x: Any, weight: Any, recurrence: Any, bias: Any, hidden: int) -> Any:
         states, _, _ = op.LSTM(x, weight, recurrence, bias, hidden_size=hidden)

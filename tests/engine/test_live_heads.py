@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_token_heads import conll, measured
 
-from conftest import regraft, sentences
+from conftest import sentences
 from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError
 from regraft.engine.export import export_bundle
@@ -119,9 +119,7 @@ def test_an_adapter_carries_its_head_and_merges_into_a_whole_model(live, tmp_pat
     assert not (folder / "model.safetensors").exists()
     assert any("head" in name for name in load_file(folder / "adapter_model.safetensors"))
     expected = scores(result.folder)
-    done = regraft("evaluate", result.folder, "--format", "json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["metrics"]["accuracy"] == pytest.approx(result.metrics["dev"]["accuracy"])
+    assert measured(result.folder)["accuracy"] == pytest.approx(result.metrics["dev"]["accuracy"])
     assert np.allclose(served(result.folder, tmp_path / "b", "packed"), expected, atol=1e-4)
     if method == "lora":
         merge(result.folder, tmp_path / "merged")
@@ -161,16 +159,13 @@ def test_a_regression_starts_at_the_mean_and_is_saved_in_its_own_unit(make_confi
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_crf_on_the_live_encoder_is_trained_and_saved(make_config, tmp_path, method):
-    from test_token_heads import conll
-
     data = {"train": conll(tmp_path / "t.conll", 120, 1), "dev": conll(tmp_path / "d.conll", 30, 2), "format": "conll"}
     path = make_config(data=data, task={"type": "tagging", "crf": True}, training={"batch_size": 16, "epochs": 6})
     result = train(load_config(path, [*FAST, "head.type=bilstm", f"method={method}"]), quiet=True)
     assert result.metrics["dev"]["f1"] > 0.8
     kept = np.array(load_trained(result.folder).task.spec()["scores"][0])
     assert np.abs(kept[kept > -1e3]).max() > 1e-3, "the scores of going from tag to tag were learned"
-    done = regraft("evaluate", result.folder, "--format", "json")
-    assert json.loads(done.stdout)["metrics"]["f1"] == pytest.approx(result.metrics["dev"]["f1"], abs=1e-9)
+    assert measured(result.folder)["f1"] == pytest.approx(result.metrics["dev"]["f1"], abs=1e-9)
 
 
 def test_the_plain_head_stays_transformers_own(make_config):
