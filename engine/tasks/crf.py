@@ -24,7 +24,7 @@ class Crf:
         self._values = (
             [np.asarray(v, dtype=np.float32) for v in values] if values else [np.zeros(s, np.float32) for s in shapes]
         )
-        self._module: Any = None
+        self._model: Any = None
 
     def attach(self, model: Any) -> None:
         """Make the scores parameters of `model`, as its module `crf`."""
@@ -35,14 +35,16 @@ class Crf:
         for name, value in zip(("transitions", "starts", "ends"), self._values, strict=True):
             module.register_parameter(name, nn.Parameter(torch.from_numpy(value.copy())))
         model.crf = module
-        self._module = module
+        self._model = model
 
     def parameters(self) -> list[nn.Parameter]:
-        return [self._module.transitions, self._module.starts, self._module.ends]
+        # Asked of the model each time: a method may train a copy of the module that was attached.
+        crf = self._model.crf
+        return [crf.transitions, crf.starts, crf.ends]
 
     def values(self) -> list[np.ndarray]:
         """The scores as they are now, what is forbidden at NEVER."""
-        if self._module is not None:
+        if self._model is not None:
             self._values = [p.detach().float().cpu().numpy().copy() for p in self.parameters()]
         return [np.where(never, np.float32(NEVER), v) for v, never in zip(self._values, self.never, strict=True)]
 
