@@ -242,7 +242,7 @@ class RunningModel(nn.Module):
         for module in self.model.modules():
             module.regraft_state = self._state
             if isinstance(self.virtual, Prefix) and isinstance(getattr(module, "layer_idx", None), int):
-                module.regraft_state = PrefixedState(self._state, self.virtual, module.layer_idx)  # type: ignore[arg-type]
+                module.regraft_state = PrefixedState(self._state, self.virtual, module.layer_idx)
         if self.reads != "first":
             self._install_marks()
             return

@@ -8,14 +8,15 @@ import torch
 from test_method_runs import run
 from test_tagging import conll, tagging_config  # noqa: F401  (fixtures)
 
+from regraft.engine.bundle import BundleInfo
 from regraft.engine.errors import ModelError
 from regraft.engine.evaluation import run_all
-from regraft.engine.export import export_bundle
+from regraft.engine.graph_inputs import graph_inputs, graph_outputs
+from regraft.engine.graphs import PackedGraph
 from regraft.engine.heldout import encoded, heldout_rows
 from regraft.engine.methods.merge import merge
 from regraft.engine.tasks.crf import NEVER
 from regraft.engine.trained import Trained, load_trained
-from regraft.serve.session import Session
 
 SHORT = ["training.max_steps=8", "training.learning_rate=2e-2"]
 
@@ -52,23 +53,21 @@ def test_a_crf_learns_is_saved_and_reloaded_with_its_adapter(method, tagging_con
     assert result.metrics["dev"]["f1"] >= 0
 
 
-def test_an_adapter_with_a_crf_is_exported_and_served(tagging_config, tmp_path):  # noqa: F811
-    from regraft.engine.predict import predict
-
+def test_what_is_exported_of_an_adapter_with_a_crf_gives_the_same_emissions(tagging_config, tmp_path):  # noqa: F811
     run(tagging_config(crf=True), tmp_path / "r", "method=lora", *SHORT)
-    export_bundle(tmp_path / "r", tmp_path / "b")
     trained = load_trained(tmp_path / "r")
-    session = Session(tmp_path / "b", threads=1, warm_tokens=64)
-    texts = ["the sharp long film", "a plot", "warm long long and slow"]
-    own = [a.prediction.spans for a in predict(trained, [(text, None) for text in texts])]
-    prepared = session.prepare(texts)
-    served = [p.spans for p in session.answers(prepared, session.run(prepared.items))]
-    assert [[(s.start, s.end, s.label) for s in spans] for spans in served] == [
-        [(s.start, s.end, s.label) for s in spans] for spans in own
-    ]
-    assert [s.score for spans in served for s in spans] == pytest.approx(
-        [s.score for spans in own for s in spans], abs=1e-4
-    )
+    made = encoded(trained, heldout_rows(trained, None, split="dev"))
+    store, running = made.store, trained.running
+    ids = [store.ids[a:b] for a, b in zip(store.offsets, store.offsets[1:], strict=False)]
+    spec, limit, pad = trained.task.spec(), trained.max_length, trained.tokenizer.pad_token_id
+    info = BundleInfo("packed", "fp32", spec, limit, pad, running.position_offset, running.uses_token_types, "tokens")
+    arrays = {name: torch.from_numpy(values) for name, values in graph_inputs(info, ids).items()}
+    with torch.no_grad():
+        found = PackedGraph(running)(**arrays).numpy()
+    assert np.allclose(found, emissions(trained), atol=1e-4)
+    again = type(trained.task).from_spec(spec)  # what a server reads
+    assert all(np.array_equal(a, b) for a, b in zip(again.crf.values(), trained.task.crf.values(), strict=True))
+    assert [len(rows) for rows in graph_outputs(info, found, ids)] == list(store.lengths)
 
 
 def test_the_gradient_of_a_crf_reaches_the_copy_that_is_trained(tiny_model):

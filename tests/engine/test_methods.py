@@ -31,10 +31,15 @@ METHODS = ("lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
 TAKES_NO_PREFIX = ("DistilBert", "Albert", "NomicBert", "ModernBert", "ModernBert/mean")
 
 
+_BACKBONES: dict[str, Path] = {}
+
+
 @pytest.fixture(scope="module")
 def backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder with a random backbone, without a head, for each architecture."""
-    folders = {}
+    """A folder with a random backbone, without a head, for each architecture; made once for all files that ask."""
+    folders = _BACKBONES
+    if folders:
+        return folders
     for name, settings in {**PACKED, "DebertaV2": PADDED["DebertaV2"]}.items():
         config = getattr(transformers, f"{name.split('/')[0]}Config")(**settings)
         torch.manual_seed(0)
