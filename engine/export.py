@@ -71,6 +71,8 @@ def export_bundle(
     torch.set_num_threads(available_threads())
     trained = load_models(model)
     running = trained.running
+    if "bag" in trained.facts:
+        raise ExportError(f"{model}: {running.reason}")
     if layout == "packed" and not running.packed:
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
     if layout == "padded" and running.places_before:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
+from regraft.engine.heads.recurrent import translations
 from regraft.engine.models import RunningModel, logits_of
+from regraft.kernels.rotary import rotate
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class GraphLayout:
     def attend_merged(self, qkv: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         q, k, v = qkv.unbind(1)
         return self.attend(q, k, v, scale=scale, dropout_p=dropout_p, window=None)
+
+    def attend_rotary(
+        self, qkv: Tensor, angles: tuple[Tensor, Tensor], *, scale: float, dropout_p: float, window: int | None
+    ) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in angles)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.attend(q, k, v, scale=scale, dropout_p=dropout_p, window=window)
 
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         scores = torch.matmul((q * scale)[:, :, None], self._cells(k).transpose(-1, -2)) + self._bias()
@@ -218,6 +228,7 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) 
                 external_data=False,
                 verbose=False,
                 opset_version=20,
+                custom_translation_table=translations(),
             )
     finally:
         for logger, level in zip(loggers, levels, strict=True):

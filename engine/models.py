@@ -93,6 +93,7 @@ class RunningModel(nn.Module):
         self.reads = reads
         self.pad_token_id = pad_token_id
         self.position_offset = 0
+        self.runs_in_step = False  # with other processes, batch for batch, as weights that are shared out want it
         self.packed = False
         self.reason = ""
         self.output_scale: OutputScale | None = None
@@ -225,14 +226,20 @@ class RunningModel(nn.Module):
 
     def use_kernels(self) -> None:
         """Bind the fast forwards on this model's instances; parameters stay."""
-        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
+        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections, bind_rotary
 
-        if next(self.model.parameters()).device.type == "cpu":
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if on_cpu:
             bind_dropout(self.model)
+        if self.packed and on_cpu:
+            from regraft.engine.fast_cpu import bind_native
+
+            bind_native(self)
         if self.packed:
             if self._first_rows_only:
                 bind_last_layer(self)
             bind_merged_projections(self)
+            bind_rotary(self)
             if next(self.model.parameters()).device.type == "cuda" and self.virtual is None:
                 from regraft.engine.fast_gpu import bind_fused
 

@@ -22,11 +22,11 @@ def load_adapter(folder: Path, facts: dict[str, Any]) -> Adaptation:
 
     Raises ModelError for another backbone than the adapter was made for.
     """
-    from regraft.engine.pretrained import load_classifier
+    from regraft.engine.heads.live import model_from
     from regraft.engine.tasks import task_from_spec
 
     task = task_from_spec(facts["task"])
-    model = load_classifier(ModelConfig.model_validate(facts["model"]), task)
+    model = model_from(facts, ModelConfig.model_validate(facts["model"]), task)
     task.attach(model)
     found = fingerprint(model)
     if found != facts["backbone"]:

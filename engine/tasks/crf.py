@@ -37,14 +37,19 @@ class Crf:
         model.crf = module
         self._model = model
 
+    @property
+    def _module(self) -> Any:
+        # Under an adapter it is a copy that trains; once merged, that copy is the module itself.
+        module = None if self._model is None else self._model.crf
+        copies = getattr(module, "modules_to_save", None)
+        return module if copies is None else copies[module.active_adapters[0]]
+
     def parameters(self) -> list[nn.Parameter]:
-        # Asked of the model each time: a method may train a copy of the module that was attached.
-        crf = self._model.crf
-        return [crf.transitions, crf.starts, crf.ends]
+        return [self._module.transitions, self._module.starts, self._module.ends]
 
     def values(self) -> list[np.ndarray]:
         """The scores as they are now, what is forbidden at NEVER."""
-        if self._model is not None:
+        if self._module is not None:
             self._values = [p.detach().float().cpu().numpy().copy() for p in self.parameters()]
         return [np.where(never, np.float32(NEVER), v) for v, never in zip(self._values, self.never, strict=True)]
 
