@@ -20,6 +20,7 @@ from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
     LoraSettings,
+    PromptSettings,
     QuantiseSettings,
     UnfreezeSettings,
 )
@@ -222,6 +223,8 @@ class RunConfig(Section):
         "int8",
         "ia3",
         "adapter",
+        "prompt",
+        "prefix",
     ] = Field(
         "full",
         description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
@@ -230,6 +233,7 @@ class RunConfig(Section):
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
     adapter: AdapterSettings = AdapterSettings()
+    prompt: PromptSettings = PromptSettings()
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
@@ -263,6 +267,8 @@ class RunConfig(Section):
             raise ValueError("adapter.reduction: size says the same; give one of the two")
         if self.lora.dora and self.method != "lora":
             raise ValueError(f"lora.dora: method: {self.method} has no full-precision weights to decompose; remove it")
+        if self.method == "prefix" and self.training.gradient_checkpointing:
+            raise ValueError("training.gradient_checkpointing: a prefix is not computed twice; remove it")
         if self.method == "frozen" and self.training.layer_decay != 1.0:
             raise ValueError(
                 "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"

@@ -149,8 +149,8 @@ def _built_like_bert(layer: nn.Module) -> bool:
 
 
 def _first_rows_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    layout = self.regraft_state.layout
     attention = self.attention.self
+    layout = attention.regraft_state.layout  # a prefix belongs to a layer
     rows = hidden_states[0]
     first = rows.index_select(0, layout.starts)
     heads = (-1, attention.num_attention_heads, attention.attention_head_size)

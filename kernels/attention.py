@@ -111,6 +111,13 @@ class Layout:
         """Attention of one query a sequence: q [B, H, D], k, v [T, H, D] -> [B, H, D]."""
         return first_row_attention(q, k, v, self, scale=scale, dropout_p=dropout_p)
 
+    def attend_after(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention that also looks at `keys` and `values` [P, H, D], which all sequences share. Options: `scale`,
+        `dropout_p`, and `first` for one query a sequence."""
+        from regraft.kernels.prefix_attention import prefixed_attention
+
+        return prefixed_attention(keys, values, q, k, v, self, **options)
+
     def means(self, hidden: Tensor) -> Tensor:
         """Mean of each sequence's rows: [T, H] -> [B, H]."""
         lengths = torch.as_tensor(self.lengths, device=hidden.device)

@@ -20,7 +20,7 @@ from regraft.engine.errors import ModelError, RegraftError
 from regraft.engine.methods.settings import SECTIONS
 
 PROBE_STEPS = 10
-PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter")
+PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
 ALTERNATIVES = ("full", "bitfit", "lora", "qlora", "adapter")
 
 

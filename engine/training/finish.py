@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from regraft.engine.evaluation import Evaluation, evaluate
 from regraft.engine.examples import Examples
 from regraft.engine.files import write_text
-from regraft.engine.machine import describe, versions
+from regraft.engine.machine import describe
 from regraft.engine.tasks import Task
 from regraft.engine.trained import read_facts, write_facts
+from regraft.engine.training.folder import versions_of
 
 if TYPE_CHECKING:
     from regraft.engine.training.run import _Run
@@ -109,7 +110,7 @@ def write_pages(run: _Run, found: dict[str, Evaluation]) -> None:
     data = ReportData(
         name=run.folder.name,
         config=run.config.model_dump(mode="json"),
-        versions=versions(),
+        versions=versions_of(run.config),
         machine=describe(),
         history=read_history(run.folder / "metrics.jsonl"),
         best=(state.best_step, task.metric, float(state.best_value or 0.0)),

@@ -298,11 +298,11 @@ class _Run:
         self.window = [StepInfo(*values) for values in self.state.extra.get("window", [])]
 
     def write_settings(self) -> None:
-        from regraft.engine.machine import versions
+        from regraft.engine.training.folder import versions_of
 
         config = self.config.model_dump(mode="json")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        write_text(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(self.folder / "versions.json", json.dumps(versions_of(self.config), indent=2) + "\n")
         mark = {"config_hash": config_hash(self.config), "config": config, "finished": False}
         write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
 

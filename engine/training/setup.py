@@ -13,6 +13,7 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
+from regraft.engine.methods.settings import VIRTUAL
 from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
@@ -46,10 +47,17 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
-    takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
+    before = config.prompt.tokens if config.method in VIRTUAL else 0  # they take up positions too
+    limit = position_limit(name)
+    takes = [n for n in (tokenizer.max_length, None if limit is None else limit - before) if n is not None]
+    if min(takes, default=3) < 3:
+        raise ConfigError(
+            f"prompt.tokens: {before}; {config.model.name} has {limit} positions, which leaves none for a text"
+        )
     if config.model.max_length is not None and takes and config.model.max_length > min(takes):
         raise ConfigError(
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
+            + (f" after {before} virtual ones" if before else "")
         )
     max_length = config.model.max_length or min([*takes, 512])
     task, parts = read_parts(config)
