@@ -40,7 +40,7 @@ class Crf:
     @property
     def _module(self) -> Any:
         # Under an adapter it is a copy that trains; once merged, that copy is the module itself.
-        module = None if self._model is None else self._model.crf
+        module: Any = None if self._model is None else self._model.crf
         copies = getattr(module, "modules_to_save", None)
         return module if copies is None else copies[module.active_adapters[0]]
 
