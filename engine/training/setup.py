@@ -37,6 +37,10 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     Raises DataError and ModelError.
     """
+    if config.tasks:
+        from regraft.engine.several.data import prepare_several
+
+        return prepare_several(config, say)
     data = config.data
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
