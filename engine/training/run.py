@@ -384,7 +384,7 @@ class _Run:
         return self.state.step % period == 0 or self.state.step == self.plan.total_steps
 
     def evaluate(self) -> None:
-        from regraft.engine.evaluation import evaluate
+        from regraft.engine.evaluation import evaluate, in_short
 
         state, task, dev = self.state, self.data.task, self.data.splits["dev"]
         if self.averaged:
@@ -411,7 +411,7 @@ class _Run:
                 {"kind": "eval", "split": "dev", "step": state.step, "epoch": epoch, "metrics": found.metrics}
                 | {"seconds": round(found.seconds, 3), "best": improved}
             )
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in in_short(found.metrics, task).items())
         self.bar.say(f"step {state.step}  dev {figures}{'  (best so far)' if improved else ''}")
         self.checkpoint()
 
