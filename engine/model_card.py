@@ -73,7 +73,8 @@ def front_matter(data: ReportData) -> dict[str, Any]:
     """What the hub reads. The language is left out: nothing in a run says it."""
     name = str(data.setting("model.name", ""))
     figures = _best_figures(data)
-    library = "regraft" if str(data.setting("method", "full")) in WITH_A_HEAD else "transformers"
+    own_head = data.task == "several" or str(data.setting("method", "full")) in WITH_A_HEAD
+    library = "regraft" if own_head else "transformers"
     pipeline = PIPELINES.get(data.task, "text-classification")
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
     if HUB_NAME.fullmatch(name) and not Path(name).exists():
