@@ -38,11 +38,6 @@ class SeveralRun(_Run):
     def make_stepper(self, **parts: Any) -> Stepper:
         return TurnStepper(**parts)
 
-    def graph_steps(self) -> Any:
-        if self.accelerator.device.type == "cuda":
-            self.say("steps run without CUDA graphs: the heads take turns")
-        return None
-
     def load_best(self) -> None:
         weights = saved_weights(self.folder / "best")
         model = self.running.model

@@ -65,6 +65,10 @@ def check_tasks(config: RunConfig) -> None:
         raise ValueError("task: each of tasks says its own; remove it")
     if config.method not in METHODS:
         raise ValueError(f"method: {config.method} trains one task; for several: {' or '.join(METHODS)}")
+    if config.head.type != "linear":
+        raise ValueError(f"head.type: {config.head.type}: heads of several tasks are transformers' own; remove it")
+    if config.training.sharding != "none":
+        raise ValueError("training.sharding: the heads of several tasks take turns, which shards do not; remove it")
     for name, task in config.tasks.items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"tasks.{name}: expected a name of letters, digits, _ and -, a letter first")

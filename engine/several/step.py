@@ -67,7 +67,7 @@ class TurnStepper(Stepper):
             self.turns[name] = Stepper(**shared | {"task": turn, "examples": part})
             self.others[name] = _of_others(model, number)
 
-    def _gradients(self, step: int, rows: np.ndarray) -> float:
+    def _gradients(self, step: int, rows: np.ndarray) -> Tensor:
         name, units = self.examples.turn(rows)  # type: ignore[attr-defined]
         turn = self.turns[name]
         turn.token_budget = self.token_budget

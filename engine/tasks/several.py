@@ -86,6 +86,9 @@ class Several(Task):
     def encode(self, rows: Rows, label_column: str | int = "label", unknown: str = "error") -> NoReturn:
         raise ConfigError("several tasks have no one label a row; name one of them")
 
+    def batch_loss(self, logits: Any, targets: Any, weights: Any, lengths: Any) -> NoReturn:
+        self.loss(logits, targets, weights)
+
     def loss(self, logits: Any, targets: Any, weights: Any) -> NoReturn:
         raise NotImplementedError("each step is of one of the tasks: several.step")
 

@@ -219,7 +219,7 @@ def test_a_tasks_step_is_the_one_of_a_model_of_its_own(mixed):
     batch = tokenizer(part.rows.texts[:12], padding=True, return_tensors="pt")
     expected = torch.nn.functional.cross_entropy(plain(**batch).logits, torch.from_numpy(part.targets[:12]))
     expected.backward()
-    assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
     theirs = dict(plain.bert.named_parameters())
     for name, weight in ours.backbone.named_parameters():
         assert torch.allclose(weight.grad, theirs[name].grad, atol=1e-6), name
