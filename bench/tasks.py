@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import multi
 import sources
 from environments import encoder_folder, our_versions
 from harness import OURS, WORK, Claim, Run, Target, arguments, publish, turn
@@ -75,22 +76,25 @@ QUICK_ROWS = 60
 
 def main() -> None:
     parser = arguments(__doc__, rounds=None)
-    parser.add_argument("--only", default=",".join(CASES), help="cases, with commas (%(default)s)")
+    known = [*CASES, multi.NAME]
+    parser.add_argument("--only", default=",".join(known), help="cases, with commas (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (%(default)s)")
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
     options = parser.parse_args()
     names = [name.strip() for name in options.only.split(",")]
-    unknown = [name for name in names if name not in CASES]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        parser.error(f"--only: {', '.join(unknown)}: not one of {', '.join(CASES)}")
+        parser.error(f"--only: {', '.join(unknown)}: not one of {', '.join(known)}")
     seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
     before = machine.facts()
-    runs = []
+    runs: list[Run] = []
     for name in names:
         for seed in seeds:
-            runs.append(measured(name, seed, options))
-            print(f"{name} seed {seed}: {runs[-1].value:.2f}", file=sys.stderr, flush=True)
-    settings = {name: asdict(CASES[name]) for name in names}
+            found = multi.measured(seed, options) if name == multi.NAME else [measured(name, seed, options)]
+            runs += found
+            for run in found:
+                print(f"{run.case} seed {seed}: {run.who} {run.value:.2f}", file=sys.stderr, flush=True)
+    settings = {name: asdict(CASES[name]) for name in names if name in CASES} | multi.settings()
     publish(
         CLAIM, runs, options, versions={"regraft": our_versions()}, settings=settings, targets=targets, before=before
     )
@@ -98,8 +102,8 @@ def main() -> None:
 
 def targets(cases: dict[str, Any]) -> list[Target]:
     """The figures that were promised for this machine's size."""
-    found = []
-    for name, case in cases.items():
+    found = multi.targets(cases)
+    for name, case in ((name, case) for name, case in cases.items() if name in CASES):
         what, wanted = f"{name}, {CASES[name].metric} on {CASES[name].split}, median of seeds", CASES[name].at_least
         found.append(Target(what, case["medians"][OURS], at_least=wanted))
     medians = {name: case["medians"][OURS] for name, case in cases.items()}

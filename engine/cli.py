@@ -125,10 +125,15 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", metavar="NAME", help="one of the tasks of a model that learned several")
+
+
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("evaluate", help="figures of a trained model on labelled rows")
     parser.add_argument("model", help="run folder or model folder")
     parser.add_argument("data", nargs="?", help="file with labelled rows; default: the run's test or dev file")
+    _add_task(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table")
     parser.set_defaults(handler=_evaluate)
 
@@ -136,7 +141,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from regraft.engine.predict import evaluate_file
 
-    return evaluate_file(args.model, args.data, args.format)
+    return evaluate_file(args.model, args.data, args.format, args.task)
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -149,6 +154,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--file", help="jsonl, csv, tsv or parquet with the columns the model was trained on")
     parser.add_argument("--pair", help="second text of a pair, for one text on the command line")
+    _add_task(parser)
     parser.add_argument(
         "--adapter",
         action="append",
@@ -164,7 +170,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _predict(args: argparse.Namespace) -> int:
     from regraft.engine.predict import predict_command
 
-    options = {"file": args.file, "pair": args.pair, "top_k": args.top_k, "style": args.format}
+    options = {"file": args.file, "pair": args.pair, "top_k": args.top_k, "style": args.format, "task": args.task}
     return predict_command(args.model, args.texts, adapters=args.adapter, **options)
 
 

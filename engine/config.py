@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from regraft.engine.config_lines import distinct, explain, lines_of, refuse_twice
 from regraft.engine.errors import ConfigError, nearest
 from regraft.engine.heads.fits import check as check_head_of
 from regraft.engine.heads.settings import FeaturesConfig, HeadConfig, WordsConfig, method_defaults
@@ -25,6 +26,7 @@ from regraft.engine.methods.settings import (
     UnfreezeSettings,
 )
 from regraft.engine.section import Section
+from regraft.engine.several.settings import MixingConfig, check_tasks, without_rows
 from regraft.engine.training.settings import MachineSettings, check_machine
 
 Rule = Literal["error", "drop"]
@@ -163,6 +165,13 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1, description="use the first rows of the training file only")
 
 
+class OneTask(TaskConfig):
+    """One of several tasks on one encoder: what `task` says, with rows of its own."""
+
+    data: DataConfig
+    weight: float = Field(1.0, gt=0, description="of its loss; 2 counts twice")
+
+
 class EarlyStopping(Section):
     patience: int = Field(3, ge=1, description="evaluations without a better metric before training stops")
     min_delta: float = Field(0.0, ge=0)
@@ -237,6 +246,10 @@ class RunConfig(Section):
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
+    tasks: dict[str, OneTask] = Field(
+        {}, description="several tasks on one encoder, by name; each takes what task takes"
+    )
+    mixing: MixingConfig = MixingConfig()
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     features: FeaturesConfig = FeaturesConfig()
@@ -247,6 +260,7 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
+        values = without_rows(values)
         return method_defaults(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
@@ -256,6 +270,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
+        check_tasks(self)
         check_machine(self.method, self.training)
         for section, methods in SECTIONS.items():
             if self.method not in methods and getattr(self, section) != type(getattr(self, section))():
@@ -273,14 +288,16 @@ class RunConfig(Section):
             raise ValueError(
                 "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"
             )
-        columns = self.data.columns
-        used = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair is not None else [])
-        if len(set(used)) != len(used):
-            raise ValueError(
-                f"data.columns: the same column {next(c for c in used if used.count(c) > 1)!r} is named twice"
-            )
-        if not self.data.header and not all(isinstance(c, int) for c in used):
-            raise ValueError("data.columns: without a header, columns are 0-based numbers")
+        rows = {"data": self.data} | {f"tasks.{name}.data": task.data for name, task in self.tasks.items()}
+        for key, data in rows.items():
+            columns = data.columns
+            used = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair is not None else [])
+            if len(set(used)) != len(used):
+                raise ValueError(
+                    f"{key}.columns: the same column {next(c for c in used if used.count(c) > 1)!r} is named twice"
+                )
+            if not data.header and not all(isinstance(c, int) for c in used):
+                raise ValueError(f"{key}.columns: without a header, columns are 0-based numbers")
         return self
 
 
@@ -312,8 +329,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys such as model, data and training, found {type(values).__name__}")
-    lines = _lines(node)
-    _refuse_twice(node, path)
+    lines = lines_of(node)
+    refuse_twice(node, path)
     for override in overrides or []:
         key = _apply(values, override)
         lines[key] = 0
@@ -327,7 +344,7 @@ def parse_config(values: dict[str, Any], *, source: str = "config", lines: dict[
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        problems = [_explain(e, source, lines or {}, values) for e in _distinct(error.errors())]
+        problems = [explain(e, RunConfig, source, lines or {}) for e in distinct(error.errors())]
         raise ConfigError("\n".join(problems)) from None
 
 
@@ -338,29 +355,6 @@ def config_hash(config: RunConfig) -> str:
         for key in NOT_DECISIVE & section.keys():
             section.pop(key)
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _lines(node: yaml.Node | None, prefix: tuple = ()) -> dict[tuple, int]:
-    found: dict[tuple, int] = {}
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            path = (*prefix, key.value)
-            found[path] = key.start_mark.line + 1
-            found.update(_lines(value, path))
-    return found
-
-
-def _refuse_twice(node: yaml.Node | None, path: Path, prefix: str = "") -> None:
-    # YAML itself would let the last one win in silence.
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen: dict[str, int] = {}
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.value in seen:
-            raise ConfigError(f"{path}:{line}: {prefix}{key.value}: already set in line {seen[key.value]}")
-        seen[key.value] = line
-        _refuse_twice(value, path, f"{prefix}{key.value}.")
 
 
 def _apply(values: dict[str, Any], override: str) -> tuple:
@@ -378,57 +372,3 @@ def _apply(values: dict[str, Any], override: str) -> tuple:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: not a YAML value: {error}") from None
     return path
-
-
-def _distinct(errors: list[Any]) -> list[Any]:
-    # A union that fails gives one error a member; the first tells enough, the others' expectations are joined to it.
-    merged: dict[tuple, Any] = {}
-    for error in errors:
-        loc = tuple(part for part in error["loc"] if not _is_branch(part))
-        if loc in merged and error["type"] != "extra_forbidden":
-            merged[loc]["msg"] += f"; or {error['msg'][0].lower()}{error['msg'][1:]}"
-        else:
-            merged[loc] = {**error, "loc": loc}
-    return list(merged.values())
-
-
-def _is_branch(part: str | int) -> bool:
-    # pydantic names the member of a union it tried inside the location; no key of ours looks like these.
-    return isinstance(part, str) and (
-        part in {"int", "str", "float", "bool"} or "[" in part or part.startswith("literal")
-    )
-
-
-def _explain(error: Any, source: str, lines: dict[tuple, int], values: dict[str, Any]) -> str:
-    loc = tuple(str(part) for part in error["loc"])
-    key = ".".join(loc)
-    line = next((lines[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in lines), None)
-    place = "--set" if line == 0 else f"{source}:{line}" if line else source
-    if error["type"] == "extra_forbidden":
-        valid = _fields_at(loc[:-1])
-        hint = nearest(loc[-1], valid) or f"; valid here: {', '.join(valid)}"
-        return f"{place}: {key}: unknown key{hint}"
-    if error["type"] == "missing":
-        return f"{place}: {key}: missing, and has no default"
-    if error["type"] == "value_error":
-        message = str(error["ctx"]["error"])
-        inner = tuple(message.split(":")[0].split("."))
-        line = lines.get((*loc, *inner), line)
-        place = "--set" if line == 0 else f"{source}:{line}" if line else source
-        return f"{place}: {key + '.' if key else ''}{message}"
-    message = error["msg"][0].lower() + error["msg"][1:].replace("Input should", "should")
-    message = message.replace("input should", "should")
-    if isinstance(error["input"], bool) and "string" in message:
-        message += " (YAML reads yes, no, on and off as true and false: put them in quotes)"
-    return f"{place}: {key}: {message}, found {error['input']!r}"
-
-
-def _fields_at(loc: tuple) -> list[str]:
-    section: Any = RunConfig
-    for part in loc:
-        section = section.model_fields[part].annotation
-        if not hasattr(section, "model_fields"):
-            section = next((a for a in getattr(section, "__args__", ()) if hasattr(a, "model_fields")), None)
-        if section is None:
-            return []
-    return list(section.model_fields)

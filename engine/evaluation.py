@@ -80,6 +80,12 @@ def evaluate(
     return Evaluation(metrics.compute(), metrics, worst, rows_run, tokens, time.perf_counter() - started)
 
 
+def in_short(metrics: dict[str, float], task: Task) -> dict[str, float]:
+    """The figures to follow a run by: all; of several tasks the mean and each one's main figure."""
+    tasks = getattr(task, "tasks", None)
+    return metrics if tasks is None else dict(list(metrics.items())[: 1 + len(tasks)])
+
+
 @torch.no_grad()
 def run_outputs(
     running: RunningModel, examples: Examples, sequences: np.ndarray, accelerator: Accelerator | None = None

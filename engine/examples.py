@@ -23,6 +23,7 @@ class Examples:
     `chars` [T, 2] int32: where in its text each token stands, -1 for the model's own tokens; `words` [T] int32: the
     word each token speaks for, -1 for none. `marks` [T] bool: the tokens whose logits are wanted.
     `counts`: what a user should know of the making, by what it is (`labels`, answers that were not found).
+    `cuts` [S] int64: tokens that did not fit of each sequence, where that is known by sequence.
     """
 
     rows: Rows
@@ -35,6 +36,7 @@ class Examples:
     words: np.ndarray | None = None
     marks: np.ndarray | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    cuts: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Units: what a batch size counts and an epoch has once."""

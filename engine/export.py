@@ -77,7 +77,8 @@ def export_bundle(
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
     if layout == "padded" and running.places_before:
         raise ExportError(f"{model}: method: prefix is exported packed only; leave --layout padded out")
-    comparison = None if trained.task.type == "several" else compare_rows(trained, data_file)
+    frozen_heads = trained.task.type == "several" and "tasks" not in trained.facts
+    comparison = None if frozen_heads else compare_rows(trained, data_file)
     if int8 and comparison is None:
         raise ExportError(
             "int8 is gated on the task's metric and there are no held-out rows: name some with --data FILE"
@@ -203,10 +204,10 @@ def check_parity(run: Run, expected: list[tuple[list[np.ndarray], np.ndarray]]) 
 def compare_rows(trained: Trained, data_file: str | None) -> Comparison | None:
     """Held-out rows with the model's own answers; None where the run's files are gone and none was named."""
     from regraft.engine.evaluation import run_all
-    from regraft.engine.heldout import encoded, heldout_rows
+    from regraft.engine.heldout import heldout_examples
 
     try:
-        made = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
+        made = heldout_examples(trained, data_file, split=None if data_file else "dev")
     except DataError:
         if data_file is not None:
             raise
@@ -298,16 +299,16 @@ def _report(to: Path, info: BundleInfo) -> str:
     lines.append(
         f"logits differ by at most {info.parity['largest_error']:.1e} from the model's (fp32 graph, {info.parity['batches']} batch shapes)"
     )
+    several = info.task["type"] == "several"
+    if several:
+        figures = "" if info.quality else "; each one's figures are in its run"
+        lines.append(f"heads: {', '.join(info.task['tasks'])}; the encoder runs once{figures}")
     if info.quality:
         q = info.quality
         lines.append(
             f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}"
         )
-    elif info.task["type"] == "several":
-        lines.append(
-            f"heads: {', '.join(info.task['tasks'])}; the encoder runs once; each one's figures are in its run"
-        )
-    else:
+    elif not several:
         lines.append("the run's held-out rows are gone, so the metric was not compared; name some with --data FILE")
     if "quantised" in info.quality:
         lines.append(f"int8: {info.quality['quantised']}")

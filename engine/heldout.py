@@ -34,3 +34,15 @@ def encoded(trained: Trained, rows: Rows) -> Examples:
     if not len(made):
         raise DataError(f"{rows.path}: no row is left after the rules in data: {made.rows.dropped}")
     return made
+
+
+def heldout_examples(trained: Trained, file: str | None, *, split: str | None = None) -> Examples:
+    """The same of `heldout_rows`, ready for the model; of every task, for a model that has several."""
+    if "tasks" not in trained.facts or trained.task.type != "several":
+        return encoded(trained, heldout_rows(trained, file, split=split))
+    from regraft.engine.several.data import heldout_of_all
+
+    if file is not None:
+        names = ", ".join(trained.facts["tasks"])
+        raise DataError(f"{file}: its rows are of one task; name it with --task: {names}")
+    return heldout_of_all(trained, split)

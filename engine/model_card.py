@@ -74,7 +74,7 @@ def front_matter(data: ReportData) -> dict[str, Any]:
     """What the hub reads. The language is left out: nothing in a run says it."""
     name = str(data.setting("model.name", ""))
     figures = _best_figures(data)
-    library = "regraft" if _own_head(data) else "transformers"
+    library = "regraft" if data.task == "several" or _own_head(data) else "transformers"
     pipeline = PIPELINES.get(data.task, "text-classification")
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
     if HUB_NAME.fullmatch(name) and not Path(name).exists():

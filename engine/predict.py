@@ -40,7 +40,7 @@ def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answ
     from regraft.engine.evaluation import run_all
 
     source = iter(texts)
-    one_text_a_row = trained.task.reads == FIRST
+    one_text_a_row = trained.task.reads == FIRST and trained.task.type != "several"
     while chunk := list(islice(source, CHUNK_ROWS)):
         pairs = [p for _, p in chunk if p is not None]
         if pairs and len(pairs) < len(chunk) and one_text_a_row:
@@ -49,7 +49,9 @@ def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answ
         made = trained.task.examples(rows, trained.tokenizer, trained.max_length, labelled=False)
         answers = trained.task.answers(made, run_all(trained.running, made, TOKEN_BUDGET))
         cut = np.zeros(len(chunk), dtype=np.int64)
-        if made.store.truncated and made.row_of is None:
+        if made.cuts is not None and made.row_of is not None:
+            cut = np.bincount(made.row_of, weights=made.cuts, minlength=len(chunk)).astype(np.int64)
+        elif made.store.truncated and made.row_of is None:
             cut = _cut_tokens(trained, chunk, made.store)
         for (text, pair), answer, lost in zip(chunk, answers, cut, strict=True):
             yield Answer(text, pair, answer, int(lost))
@@ -74,16 +76,16 @@ def _cut_tokens(trained: Trained, chunk: list[tuple[str, str | None]], store: An
     return cut
 
 
-def evaluate_file(model: str, file: str | None, style: str) -> int:
-    """`regraft evaluate`: figures and the per-class table, or JSON."""
+def evaluate_file(model: str, file: str | None, style: str, task: str | None = None) -> int:
+    """`regraft evaluate`: figures and the per-class table, or JSON. `task`: one of several, by name."""
     from regraft.engine.evaluation import evaluate
-    from regraft.engine.heldout import encoded, heldout_rows
+    from regraft.engine.heldout import heldout_examples
     from regraft.engine.progress import ProgressBar
     from regraft.engine.threads import available_threads
 
     _set_threads(available_threads())
-    trained = load_trained(model)
-    made = encoded(trained, heldout_rows(trained, file))
+    trained = load_task(model, task)
+    made = heldout_examples(trained, file)
     rows, store = made.rows, made.store
     with ProgressBar("evaluating", len(rows), shown=sys.stderr.isatty()) as bar:
         found = evaluate(trained.running, made, trained.task, progress=bar.advance)
@@ -96,14 +98,25 @@ def evaluate_file(model: str, file: str | None, style: str) -> int:
     print(f"{rows.path}: {len(rows):,} rows in {found.seconds:.1f} s", end="")
     print("".join(f", {n:,} dropped ({rule})" for rule, n in rows.dropped.items()), end="")
     print(f", {store.truncated:,} cut to {trained.max_length} tokens" if store.truncated else "")
+    widest = max(16, *map(len, found.metrics))
     for name, value in found.metrics.items():
-        print(f"  {name:16} {value:.4f}")
+        print(f"  {name:{widest}} {value:.4f}")
     if "per_class" in details:
         width = max(len(r["label"]) for r in details["per_class"])
         print(f"\n  {'label':{width}}  precision  recall      f1    rows")
         for r in details["per_class"]:
             print(f"  {r['label']:{width}}  {r['precision']:9.3f}  {r['recall']:6.3f}  {r['f1']:6.3f}  {r['rows']:6,}")
     return 0
+
+
+def load_task(model: str, task: str | None) -> Trained:
+    """The model of a folder, as one of its tasks where one is named. Raises ConfigError and ModelError."""
+    trained = load_trained(model)
+    if task is None:
+        return trained
+    from regraft.engine.several.trained import as_task
+
+    return as_task(trained, task)
 
 
 def predict_command(
@@ -114,6 +127,7 @@ def predict_command(
     pair: str | None,
     top_k: int | None,
     style: str | None,
+    task: str | None = None,
     adapters: Sequence[str] = (),
 ) -> int:
     """`regraft predict`: write one answer a text to standard output, in order, as they come.
@@ -131,7 +145,7 @@ def predict_command(
     _set_threads(available_threads())
     if len(adapters) > 1 and style not in (None, "jsonl"):
         raise DataError(f"--format {style} takes one --adapter; several are written as jsonl")
-    chosen = _chosen(model, adapters)
+    chosen = _chosen(model, adapters, task)
     trained = next(iter(chosen.values()))
     dropped: dict[str, int] = {}
     if texts:
@@ -149,9 +163,11 @@ def predict_command(
     return 0
 
 
-def _chosen(model: str, adapters: Sequence[str]) -> dict[str, Trained]:
+def _chosen(model: str, adapters: Sequence[str], task: str | None) -> dict[str, Trained]:
     if not adapters:
-        return {"": load_trained(model)}
+        return {"": load_task(model, task)}
+    if task is not None:
+        raise DataError(f"--task {task}: goes with a model that learned several, not with --adapter")
     from regraft.engine.methods.several import find_adapters, load_adapters
 
     runs = find_adapters(model, adapters)

@@ -80,6 +80,10 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
 
     Raises ModelError for a folder that is not a model, and for a hub name without a network.
     """
+    if task.type == "several":
+        from regraft.engine.several.model import load_heads
+
+        return load_heads(config, task)  # type: ignore[arg-type, return-value]
     labels = task.labels
     named: dict[str, Any] = {"num_labels": task.outputs} if task.outputs else {}
     if labels and len(labels) == task.outputs:

@@ -60,6 +60,8 @@ def save_trained(
             "seed": config.training.seed,
             **getattr(adaptation.model, "facts", {}),  # of a head that is none of transformers'
         }
+        if config.tasks:
+            facts["tasks"] = {name: task.data.model_dump(mode="json") for name, task in config.tasks.items()}
         if adaptation.is_adapter:
             facts |= {
                 "model": config.model.model_dump(mode="json"),
@@ -131,6 +133,10 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
         from regraft.engine.heads.model import load_grafted
 
         return load_grafted(folder, facts, packing=packing)
+    if "tasks" in facts:
+        from regraft.engine.several.trained import load_many
+
+        return load_many(folder, facts, packing=packing, device=device)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = load_fast_tokenizer(str(folder))

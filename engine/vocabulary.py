@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from regraft.engine.config import RunConfig
+    from regraft.engine.examples import Examples
+    from regraft.engine.models import RunningModel
 
 WORTH_IT = 0.8  # of the rows in use, above which nothing is gained
 
@@ -70,6 +75,24 @@ class UsedRows:
     def cut(self, weights: dict[str, Any]) -> dict[str, Any]:
         """A saved model's weights, with the embedding cut down to the rows in use."""
         return weights | {self.name: weights[self.name][self.rows]}
+
+
+def cut_to_rows_in_use(
+    model: Any, running: RunningModel, splits: dict[str, Examples], config: RunConfig
+) -> tuple[UsedRows | None, dict[str, Examples]]:
+    """The model's word embedding cut down to what the splits name, and the splits in its numbers; None, and the splits
+    as they are, where that gains nothing."""
+    table = model.get_input_embeddings()
+    own_table = type(table) is nn.Embedding and table.weight.requires_grad and not config.unfreeze.gradual
+    whole = running.reads == "marked"  # a head over the vocabulary needs every row
+    if config.model.kernels == "off" or not running.packed or not own_table or whole:
+        return None, splits
+    always = [running.pad_token_id] + ([] if table.padding_idx is None else [table.padding_idx])
+    rows = rows_in_use([split.store.ids for split in splits.values()], always, table.num_embeddings)
+    if len(rows) > WORTH_IT * table.num_embeddings:
+        return None, splits
+    used = UsedRows(model, rows, config.training.ema)
+    return used, {name: split.renumbered(used.renumber(split.store.ids)) for name, split in splits.items()}
 
 
 def rows_in_use(ids: Sequence[np.ndarray], always: Sequence[int], vocabulary: int) -> np.ndarray:

@@ -89,7 +89,7 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
             raise TooLarge(f"{len(inputs)} inputs in one request; at most {settings.max_items} are taken at a time")
         scheduler.check_room()
         nonlocal backlog
-        texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list))
+        texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list), body.tasks)
         characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if isinstance(pair, str))
         if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
             raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)

@@ -37,7 +37,7 @@ def prepare_rows(
     assert tokenizer is not None
     problems: dict[int, str] = {}
     for i, (text, other) in enumerate(zip(texts, beside, strict=True)):
-        if not all(is_unicode(part) for part in (text, other) if isinstance(part, str)):
+        if not all(map(is_unicode, _strings(text, other))):
             problems[i] = NOT_UNICODE.problem or ""
     readable = [i for i in range(len(texts)) if i not in problems]
     try:
@@ -60,7 +60,7 @@ def prepare_rows(
         span = slice(store.offsets[s], store.offsets[s + 1])
         types = np.zeros(span.stop - span.start, dtype=np.int64) if store.types is None else store.types[span]
         marks = None if made.marks is None else np.flatnonzero(made.marks[span])
-        cut = store.cut_tokens if len(store) == 1 else 0
+        cut = int(made.cuts[s]) if made.cuts is not None else store.cut_tokens if len(store) == 1 else 0
         items.append(Encoded(store.ids[span].astype(np.int64), types.astype(np.int64), cut, None, marks))
     return Prepared(len(texts), items, [readable[r] for r in rows], problems, made)
 
@@ -71,3 +71,8 @@ def _examples(task: Task, tokenizer: FastTokenizer, max_length: int, texts: list
     pairs = None if all(other is None for other in beside) else beside
     rows = Rows("request", "<request>", texts, None, np.arange(1, len(texts) + 1), pairs=pairs)
     return task.examples(rows, tokenizer, max_length, labelled=False)
+
+
+def _strings(text: str, beside: Any) -> list[str]:
+    """A request's texts: its own, and those that stand beside it."""
+    return [text, *([beside] if isinstance(beside, str) else getattr(beside, "strings", []))]

@@ -76,6 +76,10 @@ class PredictRequest(BaseModel):
     top_k: int | None = Field(
         default=None, ge=1, description="How many scores each answer lists, highest first; all when left out."
     )
+    tasks: list[str] | None = Field(
+        default=None,
+        description="Of a bundle with several tasks, those that are to answer; all that can when left out.",
+    )
 
     def items(self) -> list[Pair]:
         """The inputs as a list, whatever shape they came in."""
@@ -160,16 +164,23 @@ class OpenAnswer(BaseModel):
     truncated: Truncated
 
 
-def taken(task: Task, inputs: Sequence[Pair], many: bool) -> tuple[list[str], list[Any]]:
-    """Texts and what stands beside them, as the task reads objects. Raises pydantic's error at what it refuses."""
+def taken(
+    task: Task, inputs: Sequence[Pair], many: bool, tasks: list[str] | None = None
+) -> tuple[list[str], list[Any]]:
+    """Texts and what stands beside them, as the task reads objects; `tasks`: those of several that are asked. Raises
+    pydantic's error at what it refuses."""
+    if tasks is not None and task.type != "several":
+        problem: dict[str, Any] = {"type": "input_fields", "loc": ("body", "tasks"), "input": tasks}
+        problem["msg"] = "this bundle has one task"
+        raise RequestValidationError([problem])
     texts, beside = [], []
     for number, item in enumerate(inputs):
-        given = item.model_dump(exclude_none=True)
+        given = item.model_dump(exclude_none=True) | ({} if tasks is None else {"tasks": tasks})
         try:
             text, other = task.take(given)
         except ValueError as error:
             field, _, message = str(error).partition(": ")
-            place = ("body", "inputs", *((number,) if many else ()), field)
+            place = ("body", field) if field == "tasks" else ("body", "inputs", *((number,) if many else ()), field)
             problem = {"type": "input_fields", "loc": place, "msg": message, "input": given}
             raise RequestValidationError([problem]) from None
         texts.append(text)

@@ -77,14 +77,14 @@ def plan_run(config: RunConfig, *, alternatives: bool = True) -> RunPlan:
     """Prepare the run as `train` does, take ten steps in memory, and write nothing. Raises RegraftError."""
     from pathlib import Path
 
-    from regraft.engine.training.run import _Run
+    from regraft.engine.training.recipes import recipe_of
 
     if config.method not in PLANNED:
         raise ModelError(
             f"method: {config.method}: it trains no encoder, so its memory is not planned; planned are {', '.join(PLANNED)}"
         )
 
-    run = _Run(config, Path(config.run), None, True)
+    run = recipe_of(config)(config, Path(config.run), None, True)
     run.prepare()
     run.build()
     examples, batch_size = run.stepper.examples, config.training.batch_size

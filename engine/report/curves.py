@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regraft.engine.report.data import Record, ReportData
-from regraft.engine.report.formats import ERRORS, SHARES, compact, count, metric_name, metric_value, percent
+from regraft.engine.report.formats import ERRORS, SHARES, compact, count, figure_of, metric_name, metric_value, percent
 from regraft.engine.report.lines import Line, line_chart
 from regraft.engine.report.markup import Markup, el
 from regraft.engine.report.scale import Point, finite, smooth
@@ -62,14 +62,14 @@ def metric_figure(data: ReportData, until: float) -> Markup | None:
     """All figures of the evaluation that are shares or correlations; what is equal to another is shown once."""
     names = list(dict.fromkeys(name for r in data.evaluations for name in r.get("metrics", {})))
     chosen = data.best[1] if data.best else None
-    names = [chosen] if chosen in ERRORS else [n for n in names if n not in ERRORS]
+    names = [chosen] if chosen in ERRORS else [n for n in names if figure_of(n) not in ERRORS]
     names.sort(key=lambda n: n != chosen)
     lines: list[Line] = []
     for name in names:
         points = finite([(r.get("step"), r.get("metrics", {}).get(name)) for r in data.evaluations])
         if points and len(lines) < len(COLOURS) and all(points != curve.points for curve in lines):
             lines.append(Line(metric_name(name), points, COLOURS[len(lines)], dots=True))
-    shares = all(n in SHARES for n in names)
+    shares = all(figure_of(n) in SHARES for n in names)
     written: Callable[[float], str] = (lambda v: percent(v).replace(".0%", "%")) if shares else compact
     where = finite([(data.best[0], data.best[2])]) if data.best and lines else []
     best: dict[str, Any] = (

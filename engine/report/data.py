@@ -32,7 +32,8 @@ class ReportData:
               not finite, `{"kind": "skipped", "step"}`
     best      a `Best`, or the same three values as a tuple; None when nothing was evaluated
     details   as `Metrics.details()` of the task: per_class, confusion, calibration, scatter, each optional; and `layer_weights`,
-              `{"gamma": float, "layers": [{"layer", "weight"}]}`, of a learned combination of layers
+              `{"gamma": float, "layers": [{"layer", "weight"}]}`, of a learned combination of layers; of several tasks `tasks`,
+              `{name: {"type", "metric", "metrics", "details"}}`, and `mixing`, `{name: {"steps", "weight", "log_variance"}}`
     worst     `{"where", "text", "pair", "expected", "predicted", "loss"}`, highest loss first
     data_notes
               `{"splits": {split: {"path", "rows", "dropped": {rule: rows}, "tokens", "truncated_rows",
@@ -64,7 +65,7 @@ class ReportData:
 
     @property
     def task(self) -> str:
-        return str(self.setting("task.type", "classification"))
+        return "several" if self.setting("tasks") else str(self.setting("task.type", "classification"))
 
     @property
     def split(self) -> str:

@@ -22,6 +22,7 @@ METRIC_NAMES = {
     "answerable_f1": "F1 where there is an answer",
     "exact_match": "Exact match",
     "quadratic_kappa": "Quadratic kappa",
+    "mean": "Mean of the tasks' figures",
 }
 SHARES = {"accuracy", "macro_f1", "micro_f1", "subset_accuracy", "precision", "recall", "f1"} | {
     "strict_f1",
@@ -35,13 +36,20 @@ SHARES = {"accuracy", "macro_f1", "micro_f1", "subset_accuracy", "precision", "r
 ERRORS = {"loss", "mse", "mae", "perplexity"}
 
 
+def figure_of(name: str) -> str:
+    """The figure itself: `accuracy` of `sentiment/accuracy`, which is that of one of several tasks."""
+    return name.rpartition("/")[2]
+
+
 def metric_name(name: str) -> str:
-    return METRIC_NAMES.get(name, name.replace("_", " ").capitalize())
+    task, _, figure = name.rpartition("/")
+    said = METRIC_NAMES.get(figure, figure.replace("_", " ").capitalize())
+    return f"{task}: {said}" if task else said
 
 
 def metric_value(name: str, value: Any) -> str:
     """A share as per cent, anything else as a plain number."""
-    return percent(value) if name in SHARES else number(value)
+    return percent(value) if figure_of(name) in SHARES else number(value)
 
 
 def percent(value: Any, *, unit: str = "%") -> str:

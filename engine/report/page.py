@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from regraft.engine.files import write_text
-from regraft.engine.report import layers, provenance, sections
+from regraft.engine.report import by_task, layers, provenance, sections
 from regraft.engine.report.curves import training_curves
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.markup import Markup, el
@@ -18,6 +18,8 @@ PARTS = (
     sections.tiles,
     training_curves,
     sections.evaluations,
+    by_task.overview,
+    by_task.each,
     layers.layer_weights,
     sections.confusion,
     sections.regression,

@@ -28,6 +28,7 @@ TASKS = {
     "mlm": "masked language modelling",
     "choice": "multiple choice",
     "ordinal": "ordinal regression",
+    "several": "several tasks",
 }
 NAMED_AFTER = {"matthews", "pearson", "spearman"}  # people keep their capital
 

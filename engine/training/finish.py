@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from regraft.engine.evaluation import Evaluation, evaluate
+from regraft.engine.evaluation import Evaluation, evaluate, in_short
 from regraft.engine.examples import Examples
 from regraft.engine.files import write_text
 from regraft.engine.machine import describe
@@ -48,7 +48,8 @@ def finish_run(run: _Run) -> dict[str, dict[str, float]]:
         + "\n",
     )
     for name, values in metrics.items():
-        run.say(f"best (step {run.state.best_step})  {name} " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+        figures = "  ".join(f"{k} {v:.4f}" for k, v in in_short(values, task).items())
+        run.say(f"best (step {run.state.best_step})  {name} {figures}")
     write_pages(run, found)
     return metrics
 

@@ -45,6 +45,7 @@ def parameter_groups(model: nn.Module, config: TrainingConfig, plus_ratio: float
             continue
         is_head = name in head
         rate = config.head_learning_rate if is_head and config.head_learning_rate else config.learning_rate
+        rate = getattr(weight, "learning_rate", rate)  # one that brings its own
         rate *= config.layer_decay ** (layers + 1 - depth_of(name, layers, is_head))
         rate *= plus_ratio if ".lora_B." in name else 1.0
         decay = config.weight_decay if weight.dim() > 1 else 0.0

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 
 def recipe_of(config: RunConfig) -> type[_Run]:
     """The class whose `go` trains `config.method`; only that method's own modules are imported."""
+    if config.tasks:
+        from regraft.engine.several.run import SeveralRun
+
+        return SeveralRun
     if config.method == "frozen":
         from regraft.engine.heads.run import FrozenRun
 

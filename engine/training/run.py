@@ -142,10 +142,8 @@ class _Run:
         from regraft.engine.output_scale import scale_output
         from regraft.engine.training.offload import offloaded
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
-        from regraft.engine.training.order import Plan
         from regraft.engine.training.setup import choose_token_budget
         from regraft.engine.training.sharding import accelerate_options, attach_to_shards, is_shared_out, share_out
-        from regraft.engine.training.step import Stepper
         from regraft.engine.training.ways import set_way
 
         config, training = self.config, self.config.training
@@ -185,7 +183,7 @@ class _Run:
         self.vocabulary = self.use_rows_in_use(model)
         self.set_training_mode()
         train_split = self.data.splits["train"]
-        self.plan = Plan(len(train_split), training.batch_size, training.seed, training.epochs, training.max_steps)
+        self.plan = self.make_plan()
         optimizer = build_optimizer(model, training, plus_ratio=config.lora.plus_ratio)
         prepared: Any = self.running
         if shared_out:
@@ -199,7 +197,7 @@ class _Run:
         self.optimizer = offloaded(optimizer, training, self.accelerator.device, self.say)
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
         self.unfreezing = self.gradual_unfreezing(model)
-        self.stepper = Stepper(
+        self.stepper = self.make_stepper(
             accelerator=self.accelerator,
             model=prepared,
             optimizer=self.optimizer,
@@ -220,6 +218,17 @@ class _Run:
             f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
         )
 
+    def make_plan(self) -> Any:
+        from regraft.engine.training.order import Plan
+
+        training, rows = self.config.training, len(self.data.splits["train"])
+        return Plan(rows, training.batch_size, training.seed, training.epochs, training.max_steps)
+
+    def make_stepper(self, **parts: Any) -> Any:
+        from regraft.engine.training.step import Stepper
+
+        return Stepper(**parts)
+
     def gradual_unfreezing(self, model: Any) -> Any:
         from regraft.engine.methods.unfreeze import GradualUnfreezing
 
@@ -234,21 +243,10 @@ class _Run:
 
     def use_rows_in_use(self, model: Any) -> Any:
         """Cut the word embedding down to the rows that the run's texts name; None where that gains nothing."""
-        from torch import nn
 
-        from regraft.engine.vocabulary import WORTH_IT, UsedRows, rows_in_use
+        from regraft.engine.vocabulary import cut_to_rows_in_use
 
-        table = model.get_input_embeddings()
-        own_table = type(table) is nn.Embedding and table.weight.requires_grad and not self.config.unfreeze.gradual
-        whole = self.running.reads == "marked"  # a head over the vocabulary needs every row
-        if self.config.model.kernels == "off" or not self.running.packed or not own_table or whole:
-            return None
-        always = [self.running.pad_token_id] + ([] if table.padding_idx is None else [table.padding_idx])
-        rows = rows_in_use([split.store.ids for split in self.data.splits.values()], always, table.num_embeddings)
-        if len(rows) > WORTH_IT * table.num_embeddings:
-            return None
-        used = UsedRows(model, rows, self.config.training.ema)
-        splits = {name: split.renumbered(used.renumber(split.store.ids)) for name, split in self.data.splits.items()}
+        used, splits = cut_to_rows_in_use(model, self.running, self.data.splits, self.config)
         self.data = replace(self.data, splits=splits)
         return used
 
@@ -385,7 +383,7 @@ class _Run:
         return self.state.step % period == 0 or self.state.step == self.plan.total_steps
 
     def evaluate(self) -> None:
-        from regraft.engine.evaluation import evaluate
+        from regraft.engine.evaluation import evaluate, in_short
 
         state, task, dev = self.state, self.data.task, self.data.splits["dev"]
         if self.averaged:
@@ -413,7 +411,7 @@ class _Run:
                 {"kind": "eval", "split": "dev", "step": state.step, "epoch": epoch, "metrics": found.metrics}
                 | {"seconds": round(found.seconds, 3), "best": improved}
             )
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in in_short(found.metrics, task).items())
         self.bar.say(f"step {state.step}  dev {figures}{'  (best so far)' if improved else ''}")
         write_checkpoint(self)
 

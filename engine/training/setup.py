@@ -40,6 +40,10 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
     Raises DataError and ModelError. Of several processes, all raise what is wrong in one.
     """
+    if config.tasks:
+        from regraft.engine.several.data import prepare_several
+
+        return prepare_several(config, say)
     with together("reading the data"):
         return _prepare(config, say)
 

@@ -17,6 +17,8 @@ Splits = dict[str, tuple[Rows, np.ndarray]]
 
 def read_parts(config: RunConfig) -> tuple[Task, dict[str, Rows]]:
     """The task, and the rows of train, dev and perhaps test. Raises DataError."""
+    if config.tasks:
+        raise ConfigError("tasks: several tasks are learned by `regraft train`; this takes one, told by task and data")
     data, kind = config.data, task_class(config.task.type)
     train = read_split(kind, data, "train")
     task = build_task(config.task, train, data.columns.label)

@@ -224,7 +224,7 @@ def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen
     session = Session(tmp_path / "both", threads=1, warm_tokens=64)
     texts = ["good film", "bad slow dull plot and a very long story " * 4]
     for text, answer in zip(texts, session.decode(session.run(session.tokenize(texts))), strict=True):
-        shown = session.task.answer(answer, 2)["heads"]
+        shown = session.task.answer(answer, 2)["tasks"]
         for folder in (one, two):
             (alone,) = predict(load_trained(folder), [(text, None)])
             assert shown[folder.name]["scores"] == pytest.approx(dict(alone.prediction.scores), abs=1e-4)

@@ -1,0 +1,92 @@
+"""Four GLUE tasks on one encoder, each beside its own run: the case `multi` of tasks.py.
+
+A task alone is trained as quality.py trains it, with the settings that suit it best; what was measured there is not
+measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from typing import Any
+
+import machine
+import quality
+import sources
+from environments import encoder_folder
+from harness import OURS, WORK, Run, Target, turn
+
+NAME = "multi"
+ALONE = "alone"
+TASKS = {"sst2": "accuracy", "cola": "matthews", "rte": "accuracy", "stsb": "pearson"}
+WITHIN = 1.0  # points
+SETTINGS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "batch_size": 32,
+    "epochs": 4,
+    "weight_decay": quality.WEIGHT_DECAY,
+    "warmup": quality.WARMUP,
+}
+SAMPLING = "sqrt"
+MAX_LENGTH = 256
+
+
+def measured(seed: int, options: argparse.Namespace) -> list[Run]:
+    """Each task together with the others, and alone."""
+    options = argparse.Namespace(**vars(options) | {"out": None})
+    options.precision = "bf16" if machine.has_fast_bf16() else "fp32"
+    config = configuration(seed, options)
+    mark = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+    folder = WORK / "tasks" / mark
+    if options.restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    kept = folder / "found.json"
+    if not kept.is_file():
+        spec = {"config": {**config, "run": str(folder / "run")}, "folder": folder}
+        found = turn(sys.executable, "regraft_train.py", spec, threads=options.threads)
+        kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    together = json.loads(kept.read_text(encoding="utf-8"))
+    runs = []
+    for name, metric in TASKS.items():
+        value = 100 * together["metrics"]["dev"][f"{name}/{metric}"]
+        runs.append(Run(f"{NAME}-{name}", OURS, seed, value, {"seconds": together["run_seconds"]}))
+        alone = quality.measured(name, OURS, seed, options)
+        runs.append(Run(f"{NAME}-{name}", ALONE, seed, alone.value, dict(alone.details)))
+    return runs
+
+
+def configuration(seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    tasks = {}
+    for name, metric in TASKS.items():
+        data = sources.data_section(name, limit=quality.QUICK_ROWS if options.quick else None)
+        data.pop("test", None)
+        if options.quick:
+            data.pop("dev", None)
+        tasks[name] = {"type": sources.SOURCES[name].task, "metric": metric, "data": data}
+    training = SETTINGS | {"seed": seed, "threads": options.threads, "precision": options.precision}
+    return {
+        "model": {"name": str(encoder_folder()), "max_length": MAX_LENGTH},
+        "tasks": tasks,
+        "mixing": {"sampling": SAMPLING},
+        "training": training | ({"epochs": 1} if options.quick else {}),
+    }
+
+
+def settings() -> dict[str, Any]:
+    """By case, for the published result."""
+    shared = {**SETTINGS, "sampling": SAMPLING, "max_length": MAX_LENGTH, "split": "dev"}
+    return {f"{NAME}-{name}": {**shared, "metric": metric} for name, metric in TASKS.items()}
+
+
+def targets(cases: dict[str, Any]) -> list[Target]:
+    """Each task together with the others within a point of itself alone."""
+    found = []
+    for name, metric in TASKS.items():
+        case = cases.get(f"{NAME}-{name}")
+        if case is not None:
+            gap = case["medians"][OURS] - case["medians"][ALONE]
+            found.append(Target(f"{name}, {metric} together less alone, median of seeds", gap, at_least=-WITHIN))
+    return found

@@ -1,0 +1,1 @@
+"""Several tasks learned together on one encoder: mixed rows, many heads, one bundle."""
