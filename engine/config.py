@@ -14,11 +14,13 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from regraft.engine.errors import ConfigError, nearest
-from regraft.engine.heads.settings import HEAD_ONLY, WORD_METHODS, FeaturesConfig, HeadConfig, WordsConfig
+from regraft.engine.heads.fits import check as check_head_of
+from regraft.engine.heads.settings import FeaturesConfig, HeadConfig, WordsConfig, method_defaults
 from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
     LoraSettings,
+    PromptSettings,
     QuantiseSettings,
     UnfreezeSettings,
 )
@@ -213,20 +215,25 @@ class RunConfig(Section):
         "contrastive",
         "vectors",
         "scratch",
+        "tfidf",
+        "onehot",
         "bitfit",
         "lora",
         "qlora",
         "int8",
         "ia3",
         "adapter",
+        "prompt",
+        "prefix",
     ] = Field(
         "full",
         description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
-        "word vectors; scratch: over nothing; the others: docs/methods.md",
+        "word vectors; scratch: over nothing; tfidf, onehot: words counted; the others: docs/methods.md",
     )
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
     adapter: AdapterSettings = AdapterSettings()
+    prompt: PromptSettings = PromptSettings()
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
@@ -240,66 +247,11 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        # A fresh head learns at another rate, and for longer, than a pretrained encoder.
-        if isinstance(values, dict) and values.get("method") in HEAD_ONLY:
-            training = values.get("training", {})
-            if isinstance(training, dict):
-                values = {**values, "training": HEAD_ONLY[values["method"]] | training}
-            if values["method"] == "contrastive":
-                values = {"head": {"type": "logistic"}} | values
-            if values["method"] in WORD_METHODS:
-                model = values.get("model", {})
-                named = {"name": "none"} | model if isinstance(model, dict) else model
-                values = {"head": {"type": "bilstm", "dropout": 0.3}} | values | {"model": named}
-        return values
+        return method_defaults(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _words_fit_the_head(self) -> RunConfig:
-        if self.method == "vectors" and self.words.vectors is None:
-            raise ValueError(
-                "words.vectors: missing; method: vectors reads word vectors from a file (scratch needs none)"
-            )
-        if self.method in WORD_METHODS and self.head.type in ("logistic", "svm", "centroid", "zeroshot"):
-            raise ValueError(
-                f"head.type: {self.head.type} is solved on stored features; method: {self.method} takes "
-                "bilstm, cnn, attention, linear or mlp"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_fit_the_task(self) -> RunConfig:
-        if self.method != "contrastive":
-            return self
-        if self.task.type != "classification":
-            raise ValueError(f"task.type: {self.task.type}; method: contrastive needs classes to pull rows together")
-        if self.head.type not in ("logistic", "svm", "centroid"):
-            raise ValueError(
-                f"head.type: {self.head.type}; method: contrastive ends in a head that is solved at once: "
-                "logistic, svm or centroid"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _features_fit_the_head(self) -> RunConfig:
-        if self.method != "frozen":
-            return self
-        pooling, head = self.features.pooling, self.head.type
-        if self.head.reads_tokens and pooling not in ("auto", "none"):
-            raise ValueError(
-                f"features.pooling: {pooling} keeps one row a text, and head.type {head} reads every token; "
-                "set features.pooling: none, or a head that reads pooled rows (linear, mlp, logistic, svm)"
-            )
-        if self.head.reads_tokens and self.features.normalise:
-            raise ValueError("features.normalise: for pooled rows only; remove it")
-        if not self.head.reads_tokens and pooling == "none":
-            raise ValueError(
-                f"features.pooling: none keeps every token, and head.type {head} reads one row a text; set "
-                "features.pooling: mean, or a head that reads tokens (attention, bilstm, cnn)"
-            )
-        if self.task.type != "classification" and head in ("centroid", "zeroshot"):
-            raise ValueError(f"head.type: {head} needs task.type: classification")
-        if self.task.type == "regression" and head in ("logistic", "svm"):
-            raise ValueError(f"head.type: {head} has classes; for a regression use linear or mlp")
+    def _head_fits(self) -> RunConfig:
+        check_head_of(self)
         return self
 
     @model_validator(mode="after")
@@ -315,6 +267,8 @@ class RunConfig(Section):
             raise ValueError("adapter.reduction: size says the same; give one of the two")
         if self.lora.dora and self.method != "lora":
             raise ValueError(f"lora.dora: method: {self.method} has no full-precision weights to decompose; remove it")
+        if self.method == "prefix" and self.training.gradient_checkpointing:
+            raise ValueError("training.gradient_checkpointing: a prefix is not computed twice; remove it")
         if self.method == "frozen" and self.training.layer_decay != 1.0:
             raise ValueError(
                 "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"
@@ -331,7 +285,9 @@ class RunConfig(Section):
 
 
 # Keys, of the run and of training, that change where and how often a run writes and how fast it is, not its result.
-NOT_DECISIVE = frozenset({"run", "trackers", "checkpoint_every", "threads", "sharding", "offload_optimizer", "timeout"})
+NOT_DECISIVE = frozenset(
+    {"run", "trackers", "checkpoint_every", "threads", "steps", "sharding", "offload_optimizer", "timeout"}
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -1,4 +1,4 @@
-"""Fused kernels bound on instances of BERT-like modules: fewer launches and fewer passes on a GPU.
+"""Fused kernels bound on instances of BERT-like and ModernBERT-like modules: fewer launches and fewer passes on a GPU.
 
 State dict, `save_pretrained`, PEFT and export never notice. Each kind of module is bound where it is built like
 BERT's, and stays bound only where the logits on random sequences stay the same.
@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.binding import Kinds, bind_kinds, is_intermediate, is_output, same
+from regraft.engine.binding import (
+    Kinds,
+    bind_kinds,
+    is_exact_gelu,
+    is_intermediate,
+    is_output,
+    logits_of_small,
+    same,
+    small_batch,
+)
+from regraft.engine.fast import is_rotary_attention, rotary_forward
 from regraft.engine.varlen_layout import VarlenLayout
 from regraft.kernels.embedding_norm import embedding_layer_norm
-from regraft.kernels.gelu import bias_gelu
+from regraft.kernels.gelu import bias_geglu, bias_gelu
 from regraft.kernels.norm import dropout_add_layer_norm
 
 if TYPE_CHECKING:
@@ -23,14 +33,14 @@ if TYPE_CHECKING:
 
 def bind_fused(running: RunningModel) -> dict[str, int]:
     """Bind what can be bound on a packed model: how many modules of each kind are. Attention goes by `cu_seqlens`."""
-    from regraft.engine.fast import _logits, _small_batch
-
-    if not running.packed:
+    # A checkpointed layer runs twice, and its second run would draw other masks from the seed than its first.
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in running.model.modules())
+    if not running.packed or checkpointed:
         return {}
-    batch = _small_batch(running)
-    before = _logits(running, batch)
+    batch = small_batch(running)
+    before = logits_of_small(running, batch)
     running.layout_of = VarlenLayout.of  # type: ignore[method-assign]
-    if not same(_logits(running, batch), before):
+    if not same(logits_of_small(running, batch), before):
         del running.layout_of
         return {}
     return bind_kinds(running, KINDS)
@@ -85,8 +95,22 @@ def _embeddings_forward(
     return out[None]
 
 
+def _is_gated(module: Any) -> bool:
+    # ModernBertMLP and its kin: Wo(drop(gelu(values) * gates)), both halves from one product
+    up, down = getattr(module, "Wi", None), getattr(module, "Wo", None)
+    sizes = [getattr(up, "out_features", 0), getattr(down, "in_features", -1)]
+    plain = isinstance(getattr(module, "drop", None), nn.Dropout | nn.Identity)
+    return plain and sizes[0] == 2 * sizes[1] and is_exact_gelu(getattr(module, "act", None))
+
+
+def _gated_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    return self.Wo(self.drop(bias_geglu(self.Wi(hidden_states))))
+
+
 KINDS: Kinds = {
     "dropout + residual + LayerNorm": (is_output, _output_forward),
     "bias + GELU": (is_intermediate, _intermediate_forward),
     "embeddings + LayerNorm": (_is_embeddings, _embeddings_forward),
+    "GeGLU": (_is_gated, _gated_forward),
+    "rotary attention": (is_rotary_attention, rotary_forward),
 }

@@ -80,6 +80,21 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
 
     Raises ModelError for a folder that is not a model, and for a hub name without a network.
     """
+    labels = task.labels
+    named: dict[str, Any] = {"num_labels": task.outputs} if task.outputs else {}
+    if labels and len(labels) == task.outputs:
+        named |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if task.problem_type is not None:
+        named["problem_type"] = task.problem_type
+    return _load(config, task.auto_model, named)
+
+
+def load_encoder(config: ModelConfig) -> PreTrainedModel:
+    """The bare encoder in fp32. Raises ModelError."""
+    return _load(config, "AutoModel", {})
+
+
+def _load(config: ModelConfig, kind: str, named: dict[str, Any]) -> PreTrainedModel:
     import transformers
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -87,13 +102,7 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
     name = resolve(config.name)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    labels = task.labels
     try:
-        named: dict[str, Any] = {"num_labels": task.outputs} if task.outputs else {}
-        if labels and len(labels) == task.outputs:
-            named |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        if task.problem_type is not None:
-            named["problem_type"] = task.problem_type
         settings = AutoConfig.from_pretrained(name, revision=config.revision, **named)
         if config.dropout is not None:
             for key in (
@@ -105,7 +114,7 @@ def load_classifier(config: ModelConfig, task: Task) -> PreTrainedModel:
             ):
                 if hasattr(settings, key):
                     setattr(settings, key, config.dropout)
-        model, found = getattr(transformers, task.auto_model).from_pretrained(
+        model, found = getattr(transformers, kind).from_pretrained(
             name, config=settings, revision=config.revision, dtype="float32", output_loading_info=True
         )
         model.regraft_fresh = frozenset(found["missing_keys"])  # drawn at random: no method may leave them untrained

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from regraft.kernels import attention_native
+from regraft.kernels.checks import expect, expect_range
 from regraft.kernels.dropout import LEVELS, dropout, keep_mask, scale_of
+from regraft.kernels.rotary import rotate_merged
 
 # What one more group costs, in attention cells squared (b L^2): measured on two cores as about 0.1 ms.
 GROUP_COST = 6000
@@ -68,6 +70,11 @@ class Layout:
         return max(self.lengths, default=0)
 
     @cached_property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.lengths)
+
+    @cached_property
     def one_each(self) -> Tensor:
         """[B + 1] int32: where each sequence begins that has one row."""
         return torch.arange(len(self.lengths) + 1, dtype=torch.int32, device=self.cu_seqlens.device)
@@ -78,7 +85,9 @@ class Layout:
         return self.cu_seqlens[:-1].long()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float, window: int | None) -> Tensor:
-        """Attention within each sequence, [T, H, D] each."""
+        """Attention within each sequence, [T, H, D] each. Raises ValueError or TypeError, naming the argument."""
+        _expect_separate(q, k, v, self, self.tokens)
+        _expect_options(dropout_p, window)
         if attention_native.runs_here(q.shape[-1], q, k, v):
             cu = self.cu_seqlens
             return attention_native.separate_attention(
@@ -90,9 +99,24 @@ class Layout:
         """The same from one tensor [T, 3, H, D], as a merged projection gives it."""
         return packed_attention(qkv, self, scale=scale, dropout_p=dropout_p)
 
+    def attend_rotary(
+        self, qkv: Tensor, angles: tuple[Tensor, Tensor], *, scale: float, dropout_p: float, window: int | None
+    ) -> Tensor:
+        """Attention from one tensor [T, 3, H, D], with rotary positions of queries and keys. angles: cos, sin [1, T, D], of
+        which the second half repeats the first."""
+        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in angles)
+        return packed_attention(rotate_merged(qkv, cos, sin), self, scale=scale, dropout_p=dropout_p, window=window)
+
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         """Attention of one query a sequence: q [B, H, D], k, v [T, H, D] -> [B, H, D]."""
         return first_row_attention(q, k, v, self, scale=scale, dropout_p=dropout_p)
+
+    def attend_after(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Attention that also looks at `keys` and `values` [P, H, D], which all sequences share. Options: `scale`,
+        `dropout_p`, and `first` for one query a sequence."""
+        from regraft.kernels.prefix_attention import prefixed_attention
+
+        return prefixed_attention(keys, values, q, k, v, self, **options)
 
     def means(self, hidden: Tensor) -> Tensor:
         """Mean of each sequence's rows: [T, H] -> [B, H]."""
@@ -134,7 +158,13 @@ def plan_groups(lengths: Sequence[int], group_cost: int = GROUP_COST) -> list[li
 
 
 def plan_layout(lengths: Sequence[int], cu_seqlens: Tensor, group_cost: int = GROUP_COST) -> Layout:
-    """Layout of a packed batch with sequences of `lengths` tokens, its tensors on the device of `cu_seqlens`."""
+    """Layout of a packed batch with sequences of `lengths` tokens, its tensors on the device of `cu_seqlens`.
+
+    Raises ValueError or TypeError, naming the argument.
+    """
+    expect("cu_seqlens", cu_seqlens, shape=(len(lengths) + 1,), dtype=torch.int32)
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"lengths: holds {min(lengths)}, expected no number below 0")
     return Layout(tuple(int(n) for n in lengths), cu_seqlens, group_cost)
 
 
@@ -249,8 +279,11 @@ def packed_attention(
 ) -> Tensor:
     """Attention of every token to the tokens of its own sequence, within `window` positions on either side.
 
-    Shape: qkv [T, 3, H, D] -> [T, H, D]. Dropout comes from torch's generator of the device.
+    Shape: qkv [T, 3, H, D] -> [T, H, D]. Dropout comes from torch's generator of the device. Raises ValueError or TypeError,
+    naming the argument.
     """
+    expect("qkv", qkv, shape=(layout.tokens, 3, None, None), like=layout.cu_seqlens, contiguous=False)
+    _expect_options(dropout_p, window)
     flash = _flash_attention(qkv, layout, scale, dropout_p, window)
     if flash is not None:
         return flash
@@ -259,6 +292,18 @@ def packed_attention(
             qkv, layout.cu_seqlens, layout.longest, scale=scale, dropout_p=dropout_p, window=window
         )
     return _PackedAttention.apply(qkv, layout, scale, dropout_p, window)
+
+
+def _expect_separate(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: int) -> None:
+    expect("k", k, shape=(layout.tokens, None, None), like=layout.cu_seqlens, contiguous=False)
+    expect("v", v, shape=k.shape, dtype=k.dtype, like=k, contiguous=False)
+    expect("q", q, shape=(queries, *k.shape[1:]), dtype=k.dtype, like=k, contiguous=False)
+
+
+def _expect_options(dropout_p: float, window: int | None) -> None:
+    expect_range("dropout_p", dropout_p, 0, 1)
+    if window is not None and window < 0:
+        raise ValueError(f"window: is {window}, expected None or a number of positions from 0")
 
 
 def _flash_attention(qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor | None:
@@ -289,8 +334,10 @@ def first_row_attention(
 ) -> Tensor:
     """Attention of one query a sequence, that of its first row: all that a classification head reads.
 
-    Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D].
+    Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D]. Raises ValueError or TypeError, naming the argument.
     """
+    _expect_separate(q, k, v, layout, len(layout.lengths))
+    _expect_options(dropout_p, None)
     if attention_native.runs_here(q.shape[-1], q, k, v):
         return attention_native.separate_attention(
             q, k, v, layout.one_each, layout.cu_seqlens, layout.longest, scale=scale, dropout_p=dropout_p

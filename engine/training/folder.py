@@ -14,6 +14,8 @@ from typing import Any
 
 from regraft.engine.config import NOT_DECISIVE, RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.machine import versions
+from regraft.engine.methods.settings import libraries
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult
         return None
     result = state["result"]
     return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"])
+
+
+def versions_of(config: RunConfig) -> dict[str, str]:
+    """Versions of what decides the numbers of this run."""
+    return versions(*libraries(config.method, config.training.optimizer))
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

@@ -90,6 +90,7 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
             gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / over)
         optimizer.step()
+        _say_changed(optimizer)
         return
     if over > 1.0:
         optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[union-attr]
@@ -97,6 +98,12 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
         optimizer.step()
     finally:
         optimizer.grad_scale = None  # type: ignore[union-attr]
+    _say_changed(optimizer)
+
+
+def _say_changed(optimizer: Any) -> None:
+    # Fused kernels on a CPU write weights without raising their version, by which a copy of one knows that it is old.
+    torch.autograd.graph.increment_version(p for group in optimizer.param_groups for p in group["params"])
 
 
 class AveragedWeights:

@@ -16,7 +16,6 @@ import yaml
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.heads.settings import WORD_METHODS
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, open_run_folder, telling_full_disk
@@ -53,6 +52,8 @@ def train(
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
+    from regraft.engine.training.recipes import recipe_of
+
     run = recipe_of(config)(config, folder, on_step, quiet)
     try:
         with telling_full_disk(folder):
@@ -65,23 +66,6 @@ def train(
         raise who_is_missing(error, config.training.timeout) from error
     finally:
         thaw()
-
-
-def recipe_of(config: RunConfig) -> type[_Run]:
-    """The recipe of a method: the one below, or what a method changes of it."""
-    if config.method == "frozen":
-        from regraft.engine.heads.run import FrozenRun
-
-        return FrozenRun
-    if config.method == "contrastive":
-        from regraft.engine.heads.contrastive import ContrastiveRun
-
-        return ContrastiveRun
-    if config.method in WORD_METHODS:
-        from regraft.engine.words.run import WordsRun
-
-        return WordsRun
-    return _Run
 
 
 class _Run:
@@ -151,17 +135,18 @@ class _Run:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
+        from regraft.engine.heads.live import model_of
         from regraft.engine.methods.adapt import adapt
         from regraft.engine.methods.speed import use_method_kernels
         from regraft.engine.models import RunningModel
         from regraft.engine.output_scale import scale_output
-        from regraft.engine.pretrained import load_classifier
         from regraft.engine.training.offload import offloaded
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
         from regraft.engine.training.setup import choose_token_budget
         from regraft.engine.training.sharding import accelerate_options, attach_to_shards, is_shared_out, share_out
         from regraft.engine.training.step import Stepper
+        from regraft.engine.training.ways import set_way
 
         config, training = self.config, self.config.training
         self.accelerator = Accelerator(
@@ -179,7 +164,7 @@ class _Run:
         if training.sharding != "none" and not shared_out:
             self.say("training.sharding: there is one process, which holds everything")
         with together("loading the model"):
-            model = load_classifier(config.model, task)
+            model = model_of(config, task)
             attach_to_shards(model, task) if shared_out else task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)
@@ -225,9 +210,9 @@ class _Run:
             token_budget=int(agreed(choose_token_budget(config, model, self.precision), "smallest")),
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
-            graphed=self.graph_steps(),
             shards=self.shards,
         )
+        set_way(self)
         how = "packed" if self.running.packed else "padded"
         how += f", weights shared out among {processes()} processes" if shared_out else ""
         self.say(
@@ -276,15 +261,6 @@ class _Run:
         usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
         return bind_embedding(model) if usable else None
 
-    def graph_steps(self) -> Any:
-        from regraft.engine.training.graphed import graph_steps
-
-        if self.shards is not None:
-            return None  # every layer of a step waits for weights of other processes, which no graph holds
-        options = {"precision": self.precision, "kernels": self.config.model.kernels}
-        autocast, say = self.accelerator.autocast, self.say
-        return graph_steps(self.running, self.data.task, self.parameters, autocast=autocast, say=say, **options)
-
     def set_training_mode(self) -> None:
         self.running.train()
 
@@ -322,11 +298,11 @@ class _Run:
         self.window = [StepInfo(*values) for values in self.state.extra.get("window", [])]
 
     def write_settings(self) -> None:
-        from regraft.engine.machine import versions
+        from regraft.engine.training.folder import versions_of
 
         config = self.config.model_dump(mode="json")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        write_text(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(self.folder / "versions.json", json.dumps(versions_of(self.config), indent=2) + "\n")
         mark = {"config_hash": config_hash(self.config), "config": config, "finished": False}
         write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
 
@@ -344,7 +320,8 @@ class _Run:
         set_learning_rate(self.optimizer, learning_rate_share(training, step, self.plan.total_steps))
         if self.unfreezing:
             self.unfreezing.at(step)
-        result = self.stepper(step, rows)
+        known = step + 1 < self.plan.total_steps and self.plan.epoch_of(step + 1) == epoch
+        result = self.stepper(step, rows, self.plan.batch(step + 1, self.order) if known else None)
         if result.applied:
             state.bad_in_a_row = 0
             if self.averaged:
@@ -462,7 +439,8 @@ class _Run:
 
     def findings(self) -> dict[str, Any]:
         """What a method learned besides its weights, for the report."""
-        return {}
+        told = getattr(self.running.model, "findings", None)
+        return told() if told else {}
 
     def finish(self) -> RunResult:
         from regraft.engine.training.finish import finish_run

@@ -35,6 +35,9 @@ class MachineSettings(Section):
     )
     checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
     threads: int | None = Field(None, ge=1, description="CPU threads; null: the machine's share")
+    steps: Literal["auto", "graphs", "compiled", "eager"] = Field(
+        "auto", description="on a GPU: what a trial finds fastest, CUDA graphs, torch.compile or kernel by kernel"
+    )
 
     @model_validator(mode="after")
     def _fits_the_machine(self) -> MachineSettings:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.config import RunConfig
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
+from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
+from regraft.engine.methods.settings import VIRTUAL
 from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
@@ -43,16 +45,33 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
 
 def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
-    data = config.data
     name = resolve(config.model.name)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
-    takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
+    before = config.prompt.tokens if config.method in VIRTUAL else 0  # they take up positions too
+    limit = position_limit(name)
+    takes = [n for n in (tokenizer.max_length, None if limit is None else limit - before) if n is not None]
+    if min(takes, default=3) < 3:
+        raise ConfigError(
+            f"prompt.tokens: {before}; {config.model.name} has {limit} positions, which leaves none for a text"
+        )
     if config.model.max_length is not None and takes and config.model.max_length > min(takes):
         raise ConfigError(
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
+            + (f" after {before} virtual ones" if before else "")
         )
     max_length = config.model.max_length or min([*takes, 512])
     task, parts = read_parts(config)
+    splits, notes = examples_of(config, task, parts, tokenizer, max_length)
+    for name, note in notes.items():
+        say(_split_line(name, note, max_length))
+    return Prepared(task, tokenizer, max_length, splits, notes)
+
+
+def examples_of(
+    config: RunConfig, task: Task, parts: dict[str, Rows], tokenizer: FastTokenizer, max_length: int
+) -> tuple[dict[str, Examples], dict[str, dict[str, Any]]]:
+    """What the task makes of every split, and what a report says of it. Raises DataError where no row is left."""
+    data = config.data
     splits, notes = {}, {}
     for name, rows in parts.items():
         unknown = "error" if name == "train" else data.unknown_label
@@ -71,8 +90,7 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
             "tokens": int(store.lengths.sum()),
             "labels": made.counts,
         }
-        say(_split_line(name, notes[name], max_length))
-    return Prepared(task, tokenizer, max_length, splits, notes)
+    return splits, notes
 
 
 def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
