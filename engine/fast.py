@@ -85,7 +85,7 @@ def bind_last_layer(running: RunningModel) -> bool:
     layer = last_layer(running.model)
     if layer is None or not _built_like_bert(layer):
         return False
-    batch = _small_batch(running)
+    batch = small_batch(running)
     before = _logits(running, batch)
     handles, running._handles = running._handles, []
     for handle in handles:
@@ -124,7 +124,8 @@ def _first_rows_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) ->
     return self.feed_forward_chunk(attended)[:, None]
 
 
-def _small_batch(running: RunningModel) -> Any:
+def small_batch(running: RunningModel) -> Any:
+    """A few random sequences, to compare two ways of running a model on."""
     from regraft.engine.packing import pack
 
     generator = torch.Generator().manual_seed(11)

@@ -25,11 +25,11 @@ PROOF_TOLERANCE = 1e-4
 
 def bind_fused(running: RunningModel) -> dict[str, int]:
     """Bind what can be bound on a packed model: how many modules of each kind are. Attention goes by `cu_seqlens`."""
-    from regraft.engine.fast import _logits, _small_batch
+    from regraft.engine.fast import _logits, small_batch
 
     if not running.packed:
         return {}
-    batch = _small_batch(running)
+    batch = small_batch(running)
     before = _logits(running, batch)
     running.layout_of = VarlenLayout.of  # type: ignore[method-assign]
     if not _same(_logits(running, batch), before):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from regraft.engine.errors import ModelError
 from regraft.engine.output_scale import OutputScale
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
+
+if TYPE_CHECKING:
+    from regraft.engine.vocabulary_head import VocabularyHead
 
 ATTENTION = "regraft_packed"
 PROOF_TOLERANCE = 1e-4
@@ -95,6 +98,7 @@ class RunningModel(nn.Module):
         self.packed = False
         self.reason = ""
         self.output_scale: OutputScale | None = None
+        self.vocabulary_head: VocabularyHead | None = None
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
         self._handles: list[Any] = []
@@ -105,8 +109,15 @@ class RunningModel(nn.Module):
     def uses_token_types(self) -> bool:
         return "token_type_ids" in self._parameters_taken and getattr(self.model.config, "type_vocab_size", 0) > 1
 
-    def forward(self, batch: PackedBatch) -> Tensor:
-        logits = self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+    def forward(self, batch: PackedBatch) -> Any:
+        run = self._forward_packed if self.packed else self._forward_padded
+        head = self.vocabulary_head
+        if head is not None and self.training and torch.is_grad_enabled():
+            with head.holding():
+                found: Any = run(batch)
+            paired = isinstance(found, PairedLogits)
+            return PairedLogits(head.rows(found.tokens), found.pairs) if paired else head.rows(found)
+        logits = run(batch)
         return logits if self.output_scale is None else self.output_scale(logits)
 
     def _forward_packed(self, batch: PackedBatch) -> Tensor:
@@ -169,6 +180,7 @@ class RunningModel(nn.Module):
             if "forward" in vars(module):
                 del module.forward  # what `use_kernels` bound
         vars(self).pop("layout_of", None)
+        self.vocabulary_head = None
         if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._padded_attention)
         self.packed, self.reason = False, reason
@@ -204,6 +216,7 @@ class RunningModel(nn.Module):
     def use_kernels(self) -> None:
         """Bind the fast forwards on this model's instances; parameters stay."""
         from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
+        from regraft.engine.vocabulary_head import bind_vocabulary_head
 
         if next(self.model.parameters()).device.type == "cpu":
             bind_dropout(self.model)
@@ -215,6 +228,7 @@ class RunningModel(nn.Module):
                 from regraft.engine.fast_gpu import bind_fused
 
                 bind_fused(self)
+        self.vocabulary_head = bind_vocabulary_head(self)
 
     def _install(self) -> None:
         for module in self.model.modules():
@@ -259,9 +273,10 @@ class RunningModel(nn.Module):
 
 
 class PairedLogits(NamedTuple):
-    """Logits of marked tokens [M, V] and of pairs of sentences [B, 2], as models for pre-training give them."""
+    """Logits of marked tokens [M, V] (or `HeldBack` rows) and of pairs of sentences [B, 2], as models for pre-training
+    give them."""
 
-    tokens: Tensor
+    tokens: Any
     pairs: Tensor
 
 
@@ -272,7 +287,8 @@ def _picked(logits: Tensor, marks: Tensor | None) -> Tensor:
 def logits_of(output: Any) -> Any:
     """The head's logits; an answer's start and end as two columns; of a model for pre-training both kinds."""
     if "prediction_logits" in output:
-        return PairedLogits(output.prediction_logits, output.seq_relationship_logits)
+        pairs = output.sop_logits if "sop_logits" in output else output.seq_relationship_logits
+        return PairedLogits(output.prediction_logits, pairs)
     if "start_logits" in output:
         return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits
