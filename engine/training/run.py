@@ -166,7 +166,7 @@ class _Run:
         )
         torch.manual_seed(training.seed)  # a fresh head is drawn here
         task = self.data.task
-        model = load_classifier(config.model, task)
+        model = load_classifier(config.model, task, self.data.new_words)
         task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.config import RunConfig
 from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenizer
+from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
-from regraft.engine.pretrained import position_limit, resolve
+from regraft.engine.pretrained import position_limit, source_of
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
 from regraft.engine.training.splits import read_parts
@@ -20,16 +21,19 @@ from regraft.engine.training.splits import read_parts
 if TYPE_CHECKING:
     import torch
 
+    from regraft.engine.new_words import NewWords
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run learns from. `splits`: train, dev and perhaps test."""
+    """What a run learns from. `splits`: train, dev and perhaps test; `new_words`: what the tokenizer was extended by."""
 
     task: Task
     tokenizer: FastTokenizer
     max_length: int
     splits: dict[str, Examples]
     notes: dict[str, Any] = field(default_factory=dict)
+    new_words: NewWords | None = None
 
 
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Prepared:
@@ -38,15 +42,16 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
     Raises DataError and ModelError.
     """
     data = config.data
-    name = resolve(config.model.name)
+    name = source_of(config.model)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
-    takes = [n for n in (tokenizer.max_length, position_limit(name)) if n is not None]
+    takes = [n for n in (tokenizer.max_length, position_limit(name, config.model)) if n is not None]
     if config.model.max_length is not None and takes and config.model.max_length > min(takes):
         raise ConfigError(
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
         )
     max_length = config.model.max_length or min([*takes, 512])
     task, parts = read_parts(config)
+    tokenizer, new_words = _extended(config, tokenizer, parts["train"], say)
     splits, notes = {}, {}
     for name, rows in parts.items():
         unknown = "error" if name == "train" else data.unknown_label
@@ -66,7 +71,24 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             "labels": made.counts,
         }
         say(_split_line(name, notes[name], max_length))
-    return Prepared(task, tokenizer, max_length, splits, notes)
+    return Prepared(task, tokenizer, max_length, splits, notes, new_words)
+
+
+def _extended(
+    config: RunConfig, tokenizer: FastTokenizer, train: Rows, say: Callable[[str], None]
+) -> tuple[FastTokenizer, NewWords | None]:
+    wanted = config.model.new_words
+    if wanted is None:
+        return tokenizer, None
+    from regraft.engine.new_words import grow
+
+    texts = [*train.texts, *(pair for pair in train.pairs or () if isinstance(pair, str))]
+    grown, found = grow(tokenizer, wanted, texts)
+    words = () if found is None else found.words
+    asked = wanted if isinstance(wanted, int) else len(wanted)
+    shown = ", ".join(words[:6]) + (", ..." if len(words) > 6 else "")
+    say(f"{len(words):,} of {asked:,} new words in the vocabulary{': ' + shown if words else ''}")
+    return grown, found
 
 
 def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
