@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := env -u PYTHONPATH $(BIN)
 
-.PHONY: install demo test lint soak bench-quick plots gpu-path test-gpu bench-gpu clean
+.PHONY: install demo test lint soak bench-quick plots gpu-path test-gpu bench-gpu tune-gpu clean
 
 install: $(VENV)/.installed
 
@@ -47,13 +47,17 @@ gpu-path:
 # The kernels' tests compiled instead of interpreted, then a few of them watched for bad memory accesses.
 test-gpu: gpu-path
 	$(ON_GPU) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(ON_GPU) -m pytest tests/kernels tests/engine/test_gpu_step.py
+	$(ON_GPU) -m pytest tests/kernels tests/engine/test_gpu_step.py tests/engine/test_captured_optimizer.py tests/engine/test_ways.py tests/engine/test_gpu_sharding.py
 	if command -v compute-sanitizer >/dev/null; then $(ON_GPU:$(PYTHON)=) compute-sanitizer --error-exitcode 1 \
 	  $(PYTHON) -m pytest tests/kernels -k "same_bits and triton"; else echo "compute-sanitizer is not installed"; fi
 
+# Which attention runs for which shape on this GPU: measured once, kept in kernels/hand_over.json.
+tune-gpu: gpu-path
+	$(ON_GPU) bench/kernels_gpu.py --hand-over
+
 # At most 8 minutes on one H200; the short table comes last.
 bench-gpu: gpu-path
-	$(ON_GPU) bench/kernels.py
+	$(ON_GPU) bench/kernels_gpu.py
 	$(ON_GPU) bench/train_gpu.py
 	$(ON_GPU) bench/gpu_table.py
 

@@ -1,7 +1,9 @@
 """`regraft compare` on TREC-6 within ten minutes, and few-shot on banking77 against SetFit's own package.
 
-Few-shot: k rows a class, the same rows and encoder for both, accuracy on the same test rows and seconds of training. SetFit
-runs with its own defaults (20 pairs a row and kind, one epoch, batch 16).
+The comparison measures every way there is; its table and curves are kept as results/compare_trec6.json. Few-shot: k rows a class,
+the same rows and encoder for both, accuracy on the same test rows and seconds of training. SetFit runs with its own defaults
+(20 pairs a row and kind, one epoch, batch 16). A split that was measured with the same settings is not measured again
+(`--restart` does), and with `--only` the other part stays as it was published.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import machine
 import sources
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import OURS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, run, turn
+from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_runs, run, turn
 
 CLAIM = Claim("compare", "The comparison in its budget; few rows a class against SetFit", "see case")
 PEER = "setfit"
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--test-rows", type=int, default=1000, help="banking77 test rows (%(default)s)")
     parser.add_argument("--budget", default="10m", help="of regraft compare (%(default)s)")
     parser.add_argument("--only", choices=("compare", "few-shot"), help="one of the two parts")
+    parser.add_argument("--restart", action="store_true", help="measure splits again that were measured before")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.shots, options.test_rows, options.budget = 1, 2, 50, "60s"
@@ -43,6 +46,8 @@ def main() -> None:
     if options.only != "compare":
         runs += few_shot(options)
         found[PEER] = versions(peer_python("setfit"), ("setfit", "sentence-transformers", "torch", "transformers"))
+    if options.only is not None and not options.quick:
+        runs += published_runs(options.out or RESULTS / "compare.json", without=[run.case for run in runs])
     publish(CLAIM, runs, options, versions=found, targets=targets, before=before)
 
 
@@ -64,10 +69,14 @@ def comparison(options: argparse.Namespace) -> list[Run]:
     path = folder / "trec6.yaml"
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     began = time.perf_counter()
-    command = [sys.executable, "-m", "regraft.engine", "compare", path, "--budget", options.budget]
+    command = [sys.executable, "-m", "regraft.engine", "compare", path, "--ways", "all", "--budget", options.budget]
     run([*command, *(["--seeds", "1"] if options.quick else [])], threads=options.threads)
     minutes = (time.perf_counter() - began) / 60
-    found = json.loads((folder / "trec6-compare" / "compare.json").read_text(encoding="utf-8"))
+    table = folder / "trec6-compare" / "compare.json"
+    found = json.loads(table.read_text(encoding="utf-8"))
+    if not options.quick and options.out is None:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(table, RESULTS / "compare_trec6.json")
     measured = [w for w in found["ways"] if any(p["share"] == 1.0 for p in w["points"])]
     named = {w["name"]: w for w in found["ways"]}
     details = {"advice": found["advice"], "ways": {name: w["why"] or "measured" for name, w in named.items()}}
@@ -90,7 +99,7 @@ def few_shot(options: argparse.Namespace) -> list[Run]:
             "test": sources.write_jsonl(test, "fewshot/test.jsonl"),
         }
         for who, go in ((OURS, ours), (PEER, theirs)):
-            found = go(files, number, options)
+            found = kept(who, go, files, number, options)
             runs.append(Run(ACCURACY, who, number, 100 * found["accuracy"], found))
             runs.append(Run(SECONDS, who, number, 3600 / found["seconds"], found))
             print(f"split {number + 1}: {who} {found}", file=sys.stderr, flush=True)
@@ -104,6 +113,21 @@ def shots(rows: list[sources.Row], count: int, seed: int) -> list[sources.Row]:
     for row in rows:
         by_class.setdefault(row["label"], []).append(row)
     return [row for label in sorted(by_class) for row in draw.sample(by_class[label], count)]
+
+
+def kept(
+    who: str, go: Callable[..., dict[str, Any]], files: Mapping[str, Any], number: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """What a side reached on a split: kept from before, or measured now."""
+    place = (
+        WORK / "fewshot" / f"{who}-{options.shots}-{options.test_rows}-{number}{'-quick' if options.quick else ''}.json"
+    )
+    if options.restart or not place.is_file():
+        found = go(files, number, options) | {"commit": our_versions().get("commit", "")}
+        beside = place.with_suffix(".tmp")
+        beside.write_text(json.dumps(found), encoding="utf-8")
+        beside.replace(place)
+    return json.loads(place.read_text(encoding="utf-8"))
 
 
 def ours(files: Mapping[str, Any], number: int, options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
-    for name, lines in (("kernels", kernel_lines), ("train_gpu", step_lines)):
+    for name, lines in (("kernels_gpu", kernel_lines), ("train_gpu", step_lines)):
         path = RESULTS / f"{name}.json"
         if not path.exists():
             print(f"{name}: not yet measured")

@@ -257,6 +257,17 @@ def publish(
     return result
 
 
+def published_runs(path: Path, *, without: Sequence[str]) -> list[Run]:
+    """Runs of an earlier, not quick, result, of the cases that are not among `without`: what a command that measures one
+    part adds its figures to."""
+    if not path.is_file():
+        return []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("quick"):
+        return []
+    return [Run(**run) for case, summary in result["cases"].items() if case not in without for run in summary["runs"]]
+
+
 def command_line() -> str:
     """The command as it is typed in the repository root."""
     script = Path(sys.argv[0]).resolve()

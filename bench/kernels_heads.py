@@ -1,4 +1,4 @@
-"""The kernels of heads and losses for bench/kernels.py: pooling, scalar mix, cross-entropy over a vocabulary, CRF."""
+"""The kernels of heads and losses for bench/kernels_gpu.py: pooling, scalar mix, cross-entropy over a vocabulary, CRF."""
 
 from __future__ import annotations
 

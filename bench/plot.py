@@ -1,7 +1,7 @@
 """Draw bench/results/*.json as PNG beside them, for the README.
 
 A bar is a contestant's median, a dot is one turn; Regraft is in colour, peers are grey. Claims that are compared by
-ratio get a panel a case; figures in points share one axis.
+ratio get a panel a case; figures in points share one axis. What `regraft compare` wrote gets spreads and learning curves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from plot_ways import draw_ways
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +36,7 @@ def main() -> None:
         sys.exit(f"no JSON in {RESULTS}; the commands in bench/README.md make it")
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "cases" not in result:
+        if "cases" not in result and "ways" not in result:
             continue  # a table for people, such as kernels_static.json
         picture = (options.to or path.parent) / f"{path.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,8 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         "ytick.color": INK,
     }
     with plt.rc_context(style):
+        if "ways" in result:
+            return draw_ways(result, picture, plt)
         figure = one_axis(result, plt) if result["compare"] == "difference" else panels(result, plt)
         figure.savefig(picture, dpi=200, facecolor="white", metadata={"Software": None})
         plt.close(figure)
@@ -73,7 +77,7 @@ def panels(result: dict[str, Any], plt: Any) -> Figure:
     longest = [max(run["value"] for run in case["runs"]) for case in cases.values()]
     alike = max(longest) < 3 * min(longest)
     for axis, (name, case), mine in zip(axes[:, 0], cases.items(), longest, strict=True):
-        scale = 1.32 * (max(longest) if alike else mine)
+        scale = 1.32 * max(max(longest) if alike else mine, 1e-9)  # a loss may be a gain
         who_is = [who for who in shades if who in case["medians"]]
         for place, who in enumerate(who_is):
             median, values = case["medians"][who], turns(case, who)

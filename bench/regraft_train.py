@@ -7,6 +7,7 @@ one for it), and for speed warmup_steps and window_steps.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ def main() -> None:
     path.write_text(json.dumps(spec["config"], indent=1), encoding="utf-8")  # JSON is YAML
     result = train(load_config(path), on_step=on_step, quiet=True)
     found: dict[str, Any] = {"run_seconds": result.seconds, "metrics": result.metrics, "best_step": result.best_step}
+    found["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if "window_steps" in spec:
         first, last = spec["warmup_steps"], spec["warmup_steps"] + spec["window_steps"]
         found |= {

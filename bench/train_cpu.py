@@ -142,11 +142,14 @@ def regraft(case: Case, files: Mapping[str, Path], options: argparse.Namespace, 
 
 
 class Trainer:
-    """transformers' Trainer on one case."""
+    """transformers' Trainer on one case. `more`: what else a turn is told."""
+
+    environment = "trainer"
+    more: Mapping[str, Any] = {}
 
     def __init__(self, case: Case, files: Mapping[str, Path], options: argparse.Namespace) -> None:
         self.case, self.files, self.options = case, files, options
-        self.python = peer_python("trainer")
+        self.python = peer_python(self.environment)
 
     def as_it_comes(self, *, seed: int) -> tuple[float, dict]:
         return self.run({}, threads=self.options.threads, seed=seed)
@@ -200,6 +203,7 @@ class Trainer:
             "folder": fresh("trainer"),
             "warmup_steps": warmup,
             "window_steps": self.case.window_steps,
+            **self.more,
             "arguments": {
                 **LEARNING,
                 "per_device_train_batch_size": self.case.batch_size,
@@ -217,7 +221,7 @@ class Trainer:
 
 def speed(found: dict[str, Any]) -> tuple[float, dict]:
     """Tokens a second, and what they are made of."""
-    kept = {key: found[key] for key in ("tokens", "seconds", "steps")}
+    kept = {key: found[key] for key in ("tokens", "seconds", "steps", "peak_bytes") if key in found}
     return found["tokens"] / found["seconds"], kept
 
 

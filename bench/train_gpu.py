@@ -7,6 +7,7 @@ lengths are drawn like SST-2's or SQuAD's, or are all 512. Every turn is a fresh
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -175,12 +176,13 @@ def matrix_ceiling() -> float:
 
 
 def regraft_turn(spec: Mapping[str, Any], rows: list[Any]) -> dict[str, Any]:
-    """The engine's own step: packed, fused modules, one graph a bucket, clipping and AdamW."""
+    """The engine's own step: packed, fused modules, one graph a bucket, clipping and AdamW as another."""
     import torch
 
     from regraft.engine.fast_gpu import bind_fused
     from regraft.engine.models import RunningModel
     from regraft.engine.packing import pack, split_by_tokens
+    from regraft.engine.training.captured_optimizer import CapturedOptimizer
     from regraft.engine.training.graphed import GraphedGradients, why_not_graphed
 
     cuda = spec["device"] != "cpu"
@@ -201,18 +203,26 @@ def regraft_turn(spec: Mapping[str, Any], rows: list[Any]) -> dict[str, Any]:
 
     graphed = GraphedGradients(running, loss, parameters, autocast=autocast, capture=cuda)
 
+    update = CapturedOptimizer(optimizer, parameters, 1.0, capture=cuda)
+    size = spec["batch_size"]
+    ahead: dict[int, list[Any]] = {}
+
+    def batches(number: int) -> list[Any]:
+        chosen = rows[number * size : (number + 1) * size]
+        return [pack([chosen[i] for i in part]) for part in split_by_tokens([len(r) for r in chosen], TOKEN_BUDGET)]
+
     def step(number: int) -> int:
-        chosen = rows[number * spec["batch_size"] : (number + 1) * spec["batch_size"]]
-        for part in split_by_tokens([len(r) for r in chosen], TOKEN_BUDGET):
-            batch = pack([chosen[i] for i in part])
-            ones = torch.ones(len(part))
-            graphed(batch, ones.long(), ones, factor=1 / spec["batch_size"], seed=number)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not torch.isfinite(norm):
-            raise RuntimeError("the gradient is not finite")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return sum(map(len, chosen))
+        lost = torch.zeros((), dtype=torch.float64, device=spec["device"])
+        made = ahead.pop(number, None) or batches(number)
+        for batch in made:
+            ones = torch.ones(batch.sequences)
+            lost += graphed(batch, ones.long(), ones, factor=1 / size, seed=number)
+        update(lost)
+        ahead.clear()
+        ahead[number + 1] = batches(number + 1)  # as the engine does, while the device works
+        if not all(map(math.isfinite, update.report())):
+            raise RuntimeError("loss or gradient is not finite")
+        return sum(batch.tokens for batch in made)
 
     # Buckets are captured when they are first met: the window's own rows go through once before it is measured.
     first = spec["warm_up"]
@@ -227,7 +237,7 @@ def regraft_turn(spec: Mapping[str, Any], rows: list[Any]) -> dict[str, Any]:
     lengths = [len(r) for n in window for r in rows[n * spec["batch_size"] : (n + 1) * spec["batch_size"]]]
     return {
         "tokens": tokens, "seconds": seconds, "flops": flops_of(spec, lengths), "buckets": len(graphed.seen),
-        "graphs": sum(s.graph is not None for s in graphed.seen.values()), "not captured": graphed.reason, "bound": bound,
+        "graphs": sum(s.graph is not None for s in graphed.seen.values()), "not captured": graphed.reason or update.reason, "bound": bound,
         "launches_a_step": launches(lambda: step(first)) if cuda else None,
     }  # fmt: skip
 

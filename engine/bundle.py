@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ class BundleInfo:
     `logits [B, C]`.
     `reads` 'tokens': logits stand at tokens, packed [T, C], padded [B, L, C]. 'marked': the packed graph has one more
     input `marks [M]`, rows of T, and gives logits [M, C]; the padded one gives [B, L, C].
+    `prompt` (first id, count): ids that stand before every sequence, in both layouts; tokens' logits include theirs.
+    `adapters`: names; the packed graph has one more input `adapter [B]`, the place of each sequence's, and logits
+    [B, the largest C].
     """
 
     layout: str
@@ -43,6 +46,8 @@ class BundleInfo:
     position_offset: int
     token_types: bool
     reads: str = "first"
+    prompt: Sequence[int] = ()
+    adapters: Sequence[str] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     quality: Mapping[str, Any] = field(default_factory=dict)

@@ -36,7 +36,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 for an error that is the user's to solve, 130 when interrupted."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "texts") and not any(text.startswith("-") for text in rest):
+        args.texts, rest = [*args.texts, *rest], []  # argparse takes no more positional arguments after an option
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     give_way()
     try:
         return args.handler(args) or 0
@@ -151,6 +156,13 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--file", help="jsonl, csv, tsv or parquet with the columns the model was trained on")
     parser.add_argument("--pair", help="second text of a pair, for one text on the command line")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer with the run NAME in the folder MODEL; given again: with several, over one backbone (jsonl)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable labels")
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="default: table on a terminal, else jsonl")
     parser.set_defaults(handler=_predict)
@@ -159,7 +171,8 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
 def _predict(args: argparse.Namespace) -> int:
     from regraft.engine.predict import predict_command
 
-    return predict_command(args.model, args.texts, file=args.file, pair=args.pair, top_k=args.top_k, style=args.format)
+    options = {"file": args.file, "pair": args.pair, "top_k": args.top_k, "style": args.format}
+    return predict_command(args.model, args.texts, adapters=args.adapter, **options)
 
 
 def _add_export(commands: argparse._SubParsersAction) -> None:
@@ -168,6 +181,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "model", nargs="+", help="run folder or model folder; several frozen models over one encoder make one bundle"
     )
     parser.add_argument("--to", required=True, metavar="BUNDLE", help="folder to write")
+    parser.add_argument(
+        "--adapters", action="store_true", help="several adapters over one backbone in one graph; requests name theirs"
+    )
     parser.add_argument(
         "--layout", choices=("packed", "padded"), default="packed", help="padded: the usual graph, for other servers"
     )
@@ -185,6 +201,12 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    if args.adapters:
+        from regraft.engine.methods.export_several import export_adapters, refuse_options
+
+        refuse_options(args.layout, args.int8, args.data)
+        print(export_adapters(args.model, args.to, force=args.force))
+        return 0
     from regraft.engine.export import export_bundle
 
     report = export_bundle(

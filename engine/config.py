@@ -14,16 +14,19 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from regraft.engine.errors import ConfigError, nearest
-from regraft.engine.heads.settings import HEAD_ONLY, WORD_METHODS, FeaturesConfig, HeadConfig, WordsConfig
+from regraft.engine.heads.fits import check as check_head_of
+from regraft.engine.heads.settings import FeaturesConfig, HeadConfig, WordsConfig, method_defaults
 from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
     LoraSettings,
+    PromptSettings,
     QuantiseSettings,
     UnfreezeSettings,
 )
 from regraft.engine.model_settings import ModelConfig
 from regraft.engine.section import Section
+from regraft.engine.training.settings import MachineSettings, check_machine
 
 Rule = Literal["error", "drop"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -151,8 +154,8 @@ class EarlyStopping(Section):
     min_delta: float = Field(0.0, ge=0)
 
 
-class TrainingConfig(Section):
-    """How it is learned (first block) and how fast (second block: changes no result beyond rounding)."""
+class TrainingConfig(MachineSettings):
+    """How it is learned; how fast is said by what it is built on, which changes no result beyond rounding."""
 
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(32, ge=1, description="sequences an optimizer step, over all processes")
@@ -177,21 +180,10 @@ class TrainingConfig(Section):
     early_stopping: EarlyStopping | None = None
     max_bad_steps: int = Field(10, ge=1, description="non-finite steps in a row before training stops")
 
-    optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
-        "adamw", description="8bit: moments in 8 bits (bitsandbytes); paged: moved to the host when a GPU is full"
-    )
-    gradient_checkpointing: bool = Field(False, description="keep one activation a layer, compute the others again")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
-    checkpoint_every: int | None = Field(None, ge=1, description="optimizer steps; null: about once a minute")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null: the machine's share")
-
     @model_validator(mode="after")
     def _fits_together(self) -> TrainingConfig:
         if isinstance(self.evaluate_every, int) and self.evaluate_every < 1:
             raise ValueError("evaluate_every: must be at least 1")
-        if isinstance(self.token_budget, int) and self.token_budget < 16:
-            raise ValueError("token_budget: must be at least 16 tokens")
         if not all(0 <= b < 1 for b in self.betas):
             raise ValueError("betas: both must be in [0, 1)")
         if self.schedule == "wsd" and self.warmup < 1 and self.warmup + self.decay > 1:
@@ -209,20 +201,25 @@ class RunConfig(Section):
         "contrastive",
         "vectors",
         "scratch",
+        "tfidf",
+        "onehot",
         "bitfit",
         "lora",
         "qlora",
         "int8",
         "ia3",
         "adapter",
+        "prompt",
+        "prefix",
     ] = Field(
         "full",
         description="full: fine-tune; frozen: a head on stored features; contrastive: few rows, by pairs; vectors: over "
-        "word vectors; scratch: over nothing; the others: docs/methods.md",
+        "word vectors; scratch: over nothing; tfidf, onehot: words counted; the others: docs/methods.md",
     )
     lora: LoraSettings = LoraSettings()
     quantise: QuantiseSettings = QuantiseSettings()
     adapter: AdapterSettings = AdapterSettings()
+    prompt: PromptSettings = PromptSettings()
     unfreeze: UnfreezeSettings = UnfreezeSettings()
     model: ModelConfig
     task: TaskConfig = TaskConfig()
@@ -236,71 +233,17 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        # A fresh head learns at another rate, and for longer, than a pretrained encoder.
-        if isinstance(values, dict) and values.get("method") in HEAD_ONLY:
-            training = values.get("training", {})
-            if isinstance(training, dict):
-                values = {**values, "training": HEAD_ONLY[values["method"]] | training}
-            if values["method"] == "contrastive":
-                values = {"head": {"type": "logistic"}} | values
-            if values["method"] in WORD_METHODS:
-                model = values.get("model", {})
-                named = {"name": "none"} | model if isinstance(model, dict) else model
-                values = {"head": {"type": "bilstm", "dropout": 0.3}} | values | {"model": named}
-        return values
+        return method_defaults(values) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
-    def _words_fit_the_head(self) -> RunConfig:
-        if self.method == "vectors" and self.words.vectors is None:
-            raise ValueError(
-                "words.vectors: missing; method: vectors reads word vectors from a file (scratch needs none)"
-            )
-        if self.method in WORD_METHODS and self.head.type in ("logistic", "svm", "centroid", "zeroshot"):
-            raise ValueError(
-                f"head.type: {self.head.type} is solved on stored features; method: {self.method} takes "
-                "bilstm, cnn, attention, linear or mlp"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _pairs_fit_the_task(self) -> RunConfig:
-        if self.method != "contrastive":
-            return self
-        if self.task.type != "classification":
-            raise ValueError(f"task.type: {self.task.type}; method: contrastive needs classes to pull rows together")
-        if self.head.type not in ("logistic", "svm", "centroid"):
-            raise ValueError(
-                f"head.type: {self.head.type}; method: contrastive ends in a head that is solved at once: "
-                "logistic, svm or centroid"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _features_fit_the_head(self) -> RunConfig:
-        if self.method != "frozen":
-            return self
-        pooling, head = self.features.pooling, self.head.type
-        if self.head.reads_tokens and pooling not in ("auto", "none"):
-            raise ValueError(
-                f"features.pooling: {pooling} keeps one row a text, and head.type {head} reads every token; "
-                "set features.pooling: none, or a head that reads pooled rows (linear, mlp, logistic, svm)"
-            )
-        if self.head.reads_tokens and self.features.normalise:
-            raise ValueError("features.normalise: for pooled rows only; remove it")
-        if not self.head.reads_tokens and pooling == "none":
-            raise ValueError(
-                f"features.pooling: none keeps every token, and head.type {head} reads one row a text; set "
-                "features.pooling: mean, or a head that reads tokens (attention, bilstm, cnn)"
-            )
-        if self.task.type != "classification" and head in ("centroid", "zeroshot"):
-            raise ValueError(f"head.type: {head} needs task.type: classification")
-        if self.task.type == "regression" and head in ("logistic", "svm"):
-            raise ValueError(f"head.type: {head} has classes; for a regression use linear or mlp")
+    def _head_fits(self) -> RunConfig:
+        check_head_of(self)
         return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         self.model.check(self.method)
+        check_machine(self.method, self.training)
         for section, methods in SECTIONS.items():
             if self.method not in methods and getattr(self, section) != type(getattr(self, section))():
                 raise ValueError(
@@ -311,6 +254,8 @@ class RunConfig(Section):
             raise ValueError("adapter.reduction: size says the same; give one of the two")
         if self.lora.dora and self.method != "lora":
             raise ValueError(f"lora.dora: method: {self.method} has no full-precision weights to decompose; remove it")
+        if self.method == "prefix" and self.training.gradient_checkpointing:
+            raise ValueError("training.gradient_checkpointing: a prefix is not computed twice; remove it")
         if self.method == "frozen" and self.training.layer_decay != 1.0:
             raise ValueError(
                 "training.layer_decay: a frozen backbone has no learning rate; remove it or set method: full"
@@ -327,7 +272,9 @@ class RunConfig(Section):
 
 
 # Keys, of the run and of training, that change where and how often a run writes and how fast it is, not its result.
-NOT_DECISIVE = frozenset({"run", "trackers", "checkpoint_every", "threads"})
+NOT_DECISIVE = frozenset(
+    {"run", "trackers", "checkpoint_every", "threads", "steps", "sharding", "offload_optimizer", "timeout"}
+)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -47,15 +47,25 @@ def evaluate(
     accelerator: Accelerator | None = None,
     keep_worst: int = 0,
     progress: Callable[[int], None] | None = None,
+    most_batches: int | None = None,
 ) -> Evaluation:
-    """Run every row once and add up. Every process gets the same result; `progress` is called with rows done."""
+    """Run every row once and add up. Every process gets the same result; `progress` is called with rows done.
+
+    `most_batches` looks at so many batches alone, the largest first: for who wants the cost and not the figures."""
     started = time.perf_counter()
     metrics = task.metrics()
     worst: list[Worst] = []
     # The windows of a text are judged together, so a batch holds whole rows.
-    batches = by_length(examples.row_lengths, token_budget)
+    batches = by_length(examples.row_lengths, token_budget)[:most_batches]
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    for rows in batches[rank::processes]:
+    mine: list[Any] = batches[rank::processes]
+    if getattr(running, "runs_in_step", False):  # the others wait for this process in every layer of every batch
+        mine += [None] * (len(batches[::processes]) - len(mine))
+    for rows in mine:
+        if rows is None:
+            drawn, sequences = task.draw(examples.ungrouped, examples.sequences_of_rows(batches[0]), (0, 0))
+            run_outputs(running, drawn, sequences, accelerator)
+            continue
         drawn, sequences = task.draw(examples.ungrouped, examples.sequences_of_rows(rows), (0, int(rows[0])))
         outputs = run_outputs(running, drawn, sequences, accelerator)
         task.score(metrics, drawn, sequences, outputs)

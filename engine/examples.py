@@ -76,6 +76,10 @@ class Examples:
         """Places of the sequences' tokens in the store's flat arrays."""
         return _ranges(self.store.offsets[sequences], self.store.offsets[sequences + 1])
 
+    def over(self, store: TokenStore) -> Examples:
+        """The same over what was made of its sequences one for one, such as their features."""
+        return replace(self, store=store)
+
     def renumbered(self, ids: np.ndarray) -> Examples:
         """The same with other token ids, one for one."""
         return replace(self, store=replace(self.store, ids=ids))

@@ -20,6 +20,8 @@ from regraft.engine.examples import Examples
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs, graph_outputs
 from regraft.engine.machine import versions
+from regraft.engine.methods.settings import libraries
+from regraft.engine.methods.virtual import Prompt
 from regraft.engine.tasks.base import MARKED
 from regraft.engine.threads import available_threads
 from regraft.engine.trained import Trained, load_trained
@@ -65,15 +67,16 @@ def export_bundle(
     from regraft.engine.graphs import write_graph
 
     to = Path(to)
-    if to.exists() and not force:
-        raise ExportError(f"{to}: already there; choose another folder, or replace it with --force")
-    if to.exists() and not (to / "bundle.json").is_file():
-        raise ExportError(f"{to}: not a bundle, so --force does not replace it")
+    may_write(to, force)
     torch.set_num_threads(available_threads())
     trained = load_models(model)
     running = trained.running
+    if "bag" in trained.facts:
+        raise ExportError(f"{model}: {running.reason}")
     if layout == "packed" and not running.packed:
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
+    if layout == "padded" and running.places_before:
+        raise ExportError(f"{model}: method: prefix is exported packed only; leave --layout padded out")
     comparison = None if trained.task.type == "several" else compare_rows(trained, data_file)
     if int8 and comparison is None:
         raise ExportError(
@@ -89,8 +92,9 @@ def export_bundle(
         position_offset=running.position_offset,
         token_types=running.uses_token_types,
         reads=trained.task.reads,
+        prompt=[running.virtual.first, running.virtual.count] if isinstance(running.virtual, Prompt) else [],
         source={"folder": str(trained.folder), "base_model": trained.facts["base_model"]},
-        versions=versions(),
+        versions=versions(*libraries(trained.facts.get("method", "full"), "adamw")),
     )
     with new_folder(to) as folder:
         graph = folder / "model.onnx"
@@ -100,12 +104,20 @@ def export_bundle(
             assert comparison is not None
             info = quantise_within(graph, info, trained, comparison, max_loss)
         else:
-            info = replace(info, quality=_quality(trained, comparison, graph_runner(open_graph(graph), info)))
+            info = replace(info, quality=quality_of(trained, comparison, graph_runner(open_graph(graph), info)))
         info = replace(info, parity=parity)
         trained.tokenizer.save(folder)
         (folder / "README.md").write_text(_readme(info), encoding="utf-8")
         write_info(folder, info)
     return _report(to, info)
+
+
+def may_write(to: Path, force: bool) -> None:
+    """Raise ExportError where `to` is there and is not to be replaced."""
+    if to.exists() and not force:
+        raise ExportError(f"{to}: already there; choose another folder, or replace it with --force")
+    if to.exists() and not (to / "bundle.json").is_file():
+        raise ExportError(f"{to}: not a bundle, so --force does not replace it")
 
 
 def load_models(model: str | Path | Sequence[str | Path]) -> Trained:
@@ -225,7 +237,8 @@ def _graph_outputs(run: Run, examples: Examples, sequences: np.ndarray) -> list[
     return found
 
 
-def _quality(trained: Trained, comparison: Comparison | None, run: Run) -> dict[str, Any]:
+def quality_of(trained: Trained, comparison: Comparison | None, run: Run) -> dict[str, Any]:
+    """The task's metric on the compared rows, by the model and by the graph; empty where there are no rows."""
     if comparison is None:
         return {}
     examples = comparison.examples
@@ -265,7 +278,7 @@ def quantise_within(
     tried = []
     for candidate in candidates(matrix_products(graph), error_of):
         quantise(graph, trial, candidate.kept)
-        quality = _quality(trained, comparison, graph_runner(open_graph(trial), info))
+        quality = quality_of(trained, comparison, graph_runner(open_graph(trial), info))
         tried.append(
             f"{candidate.name}: {quality['metric']} {quality['graph']:.4f} ({-quality['loss_points']:+.2f} points)"
         )

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.binding import bind_kinds, logits_of_small, same, small_batch
+from regraft.engine.half_weights import half_linear, in_force
 from regraft.kernels.dropout import dropout
 from regraft.kernels.embedding import RowGradient, row_embedding
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
-
-PROOF_TOLERANCE = 1e-4
 
 
 def bind_dropout(model: nn.Module) -> int:
@@ -67,13 +67,54 @@ def _splits_into_heads(module: nn.Module) -> bool:
 
 
 def _merged_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-    bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
-    merged = torch.nn.functional.linear(hidden_states[0], weight, bias)
+    merged = _merged_projection(self, hidden_states[0])
     qkv = merged.view(merged.shape[0], 3, self.num_attention_heads, self.attention_head_size)
     p = self.dropout.p if self.training else 0.0
     out = self.regraft_state.layout.attend_merged(qkv, scale=self.scaling, dropout_p=p)
     return out.reshape(1, hidden_states.shape[1], -1), None
+
+
+def _merged_projection(self: Any, rows: Tensor) -> Tensor:
+    half = getattr(self, "regraft_half", None)
+    if half is not None and in_force(rows):
+        return half_linear(rows, half)
+    weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
+    bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+    return torch.nn.functional.linear(rows, weight, bias)
+
+
+def bind_rotary(running: RunningModel) -> int:
+    """ModernBERT-like attention from its one projection as it lies: positions are turned without a pass over separate
+    queries and keys. Bound where the logits stay the same on random sequences; returns how many."""
+    return bind_kinds(running, {"rotary attention": (is_rotary_attention, rotary_forward)})["rotary attention"]
+
+
+def is_rotary_attention(module: Any) -> bool:
+    # ModernBertAttention: one product for queries, keys and values, rotary positions, perhaps a window
+    names = ("Wqkv", "Wo", "out_drop", "head_dim", "sliding_window", "attention_dropout")
+    return isinstance(module, nn.Module) and all(hasattr(module, name) for name in names)
+
+
+def rotary_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    if position_embeddings is None or hidden_states.shape[0] != 1:
+        raise NotImplementedError("packed rows come with their positions' angles")
+    qkv = self.Wqkv(hidden_states)[0]
+    # transformers hands over window + 1 to mean "at most `window` positions away"
+    window = None if self.sliding_window is None else self.sliding_window - 1
+    out = self.regraft_state.layout.attend_rotary(
+        qkv.view(qkv.shape[0], 3, -1, self.head_dim),
+        position_embeddings,
+        scale=self.head_dim**-0.5,
+        dropout_p=self.attention_dropout if self.training else 0.0,
+        window=window,
+    )
+    return self.out_drop(self.Wo(out.reshape(1, out.shape[0], -1))), None
 
 
 def bind_last_layer(running: RunningModel) -> bool:
@@ -86,19 +127,19 @@ def bind_last_layer(running: RunningModel) -> bool:
     if layer is None or not _built_like_bert(layer):
         return False
     batch = small_batch(running)
-    before = _logits(running, batch)
+    before = logits_of_small(running, batch)
     handles, running._handles = running._handles, []
     for handle in handles:
         handle.remove()
     layer.forward = _first_rows_forward.__get__(layer)
     try:
-        same = torch.allclose(_logits(running, batch), before, rtol=PROOF_TOLERANCE, atol=PROOF_TOLERANCE)
+        kept = same(logits_of_small(running, batch), before)
     except Exception:
-        same = False
-    if not same:
+        kept = False
+    if not kept:
         del layer.forward
         running._install()
-    return same
+    return kept
 
 
 def _built_like_bert(layer: nn.Module) -> bool:
@@ -108,8 +149,8 @@ def _built_like_bert(layer: nn.Module) -> bool:
 
 
 def _first_rows_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    layout = self.regraft_state.layout
     attention = self.attention.self
+    layout = attention.regraft_state.layout  # a prefix belongs to a layer
     rows = hidden_states[0]
     first = rows.index_select(0, layout.starts)
     heads = (-1, attention.num_attention_heads, attention.attention_head_size)
@@ -122,25 +163,3 @@ def _first_rows_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) ->
     )
     attended = self.attention.output(context.reshape(first.shape[0], -1), first)
     return self.feed_forward_chunk(attended)[:, None]
-
-
-def small_batch(running: RunningModel) -> Any:
-    """A few random sequences, to compare two ways of running a model on."""
-    from regraft.engine.packing import pack
-
-    generator = torch.Generator().manual_seed(11)
-    vocabulary = running.model.config.vocab_size
-    ids = [
-        torch.randint(min(10, vocabulary - 1), vocabulary, (n,), generator=generator).numpy() for n in (5, 1, 17, 17, 9)
-    ]
-    return pack(ids).to(next(running.parameters()).device)
-
-
-@torch.no_grad()
-def _logits(running: RunningModel, batch: Any) -> Tensor:
-    was_training = running.training
-    running.eval()
-    try:
-        return running(batch)
-    finally:
-        running.train(was_training)

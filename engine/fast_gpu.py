@@ -1,4 +1,4 @@
-"""Fused kernels bound on instances of BERT-like modules: fewer launches and fewer passes on a GPU.
+"""Fused kernels bound on instances of BERT-like and ModernBERT-like modules: fewer launches and fewer passes on a GPU.
 
 State dict, `save_pretrained`, PEFT and export never notice. Each kind of module is bound where it is built like
 BERT's, and stays bound only where the logits on random sequences stay the same.
@@ -6,66 +6,49 @@ BERT's, and stays bound only where the logits on random sequences stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.binding import (
+    Kinds,
+    bind_kinds,
+    is_exact_gelu,
+    is_intermediate,
+    is_output,
+    logits_of_small,
+    same,
+    small_batch,
+)
+from regraft.engine.fast import is_rotary_attention, rotary_forward
 from regraft.engine.varlen_layout import VarlenLayout
 from regraft.kernels.embedding_norm import embedding_layer_norm
-from regraft.kernels.gelu import bias_gelu
+from regraft.kernels.gelu import bias_geglu, bias_gelu
 from regraft.kernels.norm import dropout_add_layer_norm
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
 
-PROOF_TOLERANCE = 1e-4
-
 
 def bind_fused(running: RunningModel) -> dict[str, int]:
     """Bind what can be bound on a packed model: how many modules of each kind are. Attention goes by `cu_seqlens`."""
-    from regraft.engine.fast import _logits, small_batch
-
-    if not running.packed:
+    # A checkpointed layer runs twice, and its second run would draw other masks from the seed than its first.
+    checkpointed = any(getattr(m, "gradient_checkpointing", False) for m in running.model.modules())
+    if not running.packed or checkpointed:
         return {}
     batch = small_batch(running)
-    before = _logits(running, batch)
+    before = logits_of_small(running, batch)
     running.layout_of = VarlenLayout.of  # type: ignore[method-assign]
-    if not _same(_logits(running, batch), before):
+    if not same(logits_of_small(running, batch), before):
         del running.layout_of
         return {}
-    bound = {}
-    for name, (built_alike, forward) in KINDS.items():
-        found = [m for m in running.model.modules() if "forward" not in vars(m) and built_alike(m)]
-        for module in found:
-            module.forward = forward.__get__(module)
-        try:
-            kept = not found or _same(_logits(running, batch), before)
-        except Exception:  # a module of like parts that is called in another way
-            kept = False
-        if not kept:
-            for module in found:
-                del module.forward
-        bound[name] = len(found) if kept else 0
-    return bound
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return torch.allclose(found.float(), wanted.float(), rtol=PROOF_TOLERANCE, atol=PROOF_TOLERANCE)
+    return bind_kinds(running, KINDS)
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _is_output(module: Any) -> bool:
-    # BertSelfOutput, BertOutput and their kin: LayerNorm(dropout(dense(x)) + residual)
-    parts = [type(getattr(module, name, None)) for name in ("LayerNorm", "dropout")]
-    return parts == [nn.LayerNorm, nn.Dropout] and isinstance(getattr(module, "dense", None), nn.Module) and not any(
-        hasattr(module, name) for name in ("query", "word_embeddings")
-    )  # fmt: skip
 
 
 def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
@@ -75,13 +58,6 @@ def _output_forward(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> T
     norm = self.LayerNorm
     options = {"eps": norm.eps, "p": p, "seed": seed, "site": site}
     return dropout_add_layer_norm(x, input_tensor.to(x.dtype), norm.weight, norm.bias, **options)
-
-
-def _is_intermediate(module: Any) -> bool:
-    # The exact GELU alone: its class in transformers, or torch's without approximation
-    act = getattr(module, "intermediate_act_fn", None)
-    exact = type(act).__name__ == "GELUActivation" or (type(act) is nn.GELU and act.approximate == "none")
-    return exact and type(getattr(module, "dense", None)) is nn.Linear
 
 
 def _intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -119,8 +95,22 @@ def _embeddings_forward(
     return out[None]
 
 
-KINDS: dict[str, tuple[Callable[[Any], bool], Callable[..., Tensor]]] = {
-    "dropout + residual + LayerNorm": (_is_output, _output_forward),
-    "bias + GELU": (_is_intermediate, _intermediate_forward),
+def _is_gated(module: Any) -> bool:
+    # ModernBertMLP and its kin: Wo(drop(gelu(values) * gates)), both halves from one product
+    up, down = getattr(module, "Wi", None), getattr(module, "Wo", None)
+    sizes = [getattr(up, "out_features", 0), getattr(down, "in_features", -1)]
+    plain = isinstance(getattr(module, "drop", None), nn.Dropout | nn.Identity)
+    return plain and sizes[0] == 2 * sizes[1] and is_exact_gelu(getattr(module, "act", None))
+
+
+def _gated_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    return self.Wo(self.drop(bias_geglu(self.Wi(hidden_states))))
+
+
+KINDS: Kinds = {
+    "dropout + residual + LayerNorm": (is_output, _output_forward),
+    "bias + GELU": (is_intermediate, _intermediate_forward),
     "embeddings + LayerNorm": (_is_embeddings, _embeddings_forward),
+    "GeGLU": (_is_gated, _gated_forward),
+    "rotary attention": (is_rotary_attention, rotary_forward),
 }

@@ -14,14 +14,34 @@ def graph_inputs(
     ids: Sequence[np.ndarray],
     types: Sequence[np.ndarray] | None = None,
     marks: Sequence[np.ndarray] | None = None,
+    adapters: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Inputs for B sequences of token ids, as `BundleInfo` documents them; all int64. `marks`: places in each sequence
-    whose logits are wanted, for a head that reads marked tokens."""
+    whose logits are wanted, for a head that reads marked tokens. `adapters` [B]: places in `BundleInfo.adapters`."""
     build = packed_inputs if info.layout == "packed" else padded_inputs
+    if info.prompt:
+        ids, types, marks = _after_prompt(info, ids, types, marks)
     inputs = build(info, ids, types)
     if info.reads == "marked" and info.layout == "packed":
         inputs["marks"] = _rows_of_marks(ids, marks or [])
+    if info.adapters:
+        inputs["adapter"] = np.zeros(len(ids), dtype=np.int64) if adapters is None else adapters.astype(np.int64)
     return inputs
+
+
+def _after_prompt(
+    info: BundleInfo,
+    ids: Sequence[np.ndarray],
+    types: Sequence[np.ndarray] | None,
+    marks: Sequence[np.ndarray] | None,
+) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray] | None, Sequence[np.ndarray] | None]:
+    first, count = info.prompt
+    prompt, nothing = np.arange(first, first + count), np.zeros(count, dtype=np.int64)
+    return (
+        [np.concatenate((prompt, x)) for x in ids],
+        None if types is None else [np.concatenate((nothing, x)) for x in types],
+        None if marks is None else [np.asarray(m) + count for m in marks],
+    )
 
 
 def _rows_of_marks(ids: Sequence[np.ndarray], marks: Sequence[np.ndarray]) -> np.ndarray:
@@ -33,13 +53,15 @@ def graph_outputs(
     info: BundleInfo, logits: np.ndarray, ids: Sequence[np.ndarray], marks: Sequence[np.ndarray] | None = None
 ) -> Sequence[np.ndarray]:
     """What the graph gave for each sequence: [B, C], or for a head that reads tokens one array [L, C] a sequence."""
+    before = info.prompt[1] if info.prompt else 0
     if info.reads == "first":
         return list(logits)
     if info.layout == "padded":
-        each = [row[: len(x)] for row, x in zip(logits, ids, strict=True)]
+        each = [row[before : before + len(x)] for row, x in zip(logits, ids, strict=True)]
         return each if info.reads == "tokens" else [row[m] for row, m in zip(each, marks or [], strict=True)]
-    counts = [len(x) for x in (ids if info.reads == "tokens" else marks or [])]
-    return np.split(logits, np.cumsum(counts)[:-1])
+    if info.reads == "marked":
+        return np.split(logits, np.cumsum([len(m) for m in marks or []])[:-1])
+    return [rows[before:] for rows in np.split(logits, np.cumsum([before + len(x) for x in ids])[:-1])]
 
 
 def packed_inputs(

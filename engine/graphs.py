@@ -14,19 +14,22 @@ from torch import Tensor, nn
 
 from regraft.engine.bundle import BundleInfo
 from regraft.engine.graph_inputs import graph_inputs
+from regraft.engine.heads.recurrent import translations
 from regraft.engine.models import RunningModel, logits_of
+from regraft.kernels.rotary import rotate
 
 
 @dataclass(frozen=True)
 class GraphLayout:
     """A packed batch whose shape the graph does not know: attention goes through B x L cells by index.
 
-    Shape: pad_index [B, L], token_index [T], lengths [B].
+    Shape: pad_index [B, L], token_index [T], lengths [B]; adapter [B]: which of several adapters is each sequence's.
     """
 
     pad_index: Tensor
     token_index: Tensor
     lengths: Tensor
+    adapter: Tensor | None = None
 
     @property
     def starts(self) -> Tensor:
@@ -54,9 +57,40 @@ class GraphLayout:
         q, k, v = qkv.unbind(1)
         return self.attend(q, k, v, scale=scale, dropout_p=dropout_p, window=None)
 
+    def attend_rotary(
+        self, qkv: Tensor, angles: tuple[Tensor, Tensor], *, scale: float, dropout_p: float, window: int | None
+    ) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        cos, sin = (x[0, :, : x.shape[-1] // 2] for x in angles)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return self.attend(q, k, v, scale=scale, dropout_p=dropout_p, window=window)
+
     def attend_first(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float) -> Tensor:
         scores = torch.matmul((q * scale)[:, :, None], self._cells(k).transpose(-1, -2)) + self._bias()
         return torch.matmul(torch.softmax(scores, dim=-1), self._cells(v))[:, :, 0]
+
+    def attend_after(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        dropout_p: float,
+        first: bool = False,
+    ) -> Tensor:
+        queries = (q * scale)[:, :, None] if first else self._cells(q * scale)
+        bias = torch.nn.functional.pad(self._bias(), (keys.shape[0], 0))
+        scores = torch.matmul(queries, self._cells_after(keys, k).transpose(-1, -2)) + bias
+        out = torch.matmul(torch.softmax(scores, dim=-1), self._cells_after(values, v))
+        return out[:, :, 0] if first else out.transpose(1, 2).flatten(0, 1).index_select(0, self.token_index)
+
+    def _cells_after(self, prefix: Tensor, x: Tensor) -> Tensor:
+        # [P, H, D], [T, H, D] -> [B, H, P + L, D]
+        shared = prefix.transpose(0, 1)[None].expand(self.pad_index.shape[0], -1, -1, -1)
+        return torch.cat((shared, self._cells(x)), dim=2)
 
     def means(self, hidden: Tensor) -> Tensor:
         numbers = torch.arange(self.pad_index.shape[1], device=self.lengths.device)
@@ -65,7 +99,9 @@ class GraphLayout:
         return (cells * inside).sum(dim=1) / self.lengths[:, None].to(hidden.dtype)
 
 
-class _PackedGraph(nn.Module):
+class PackedGraph(nn.Module):
+    """A packed model as the graph that is exported: flat inputs and gather indices, as `BundleInfo` documents them."""
+
     def __init__(self, running: RunningModel) -> None:
         super().__init__()
         self.running = running
@@ -79,8 +115,9 @@ class _PackedGraph(nn.Module):
         lengths: Tensor,
         token_type_ids: Tensor | None = None,
         marks: Tensor | None = None,
+        adapter: Tensor | None = None,
     ) -> Tensor:
-        layout = GraphLayout(pad_index, token_index, lengths)
+        layout = GraphLayout(pad_index, token_index, lengths, adapter)
         logits = self.running.run_layout(layout, input_ids, position_ids, token_type_ids, marks)
         return _tokens(logits).float()
 
@@ -144,7 +181,7 @@ class _PaddedGraph(nn.Module):
 AXES: dict[str, dict[str, dict[int, str]]] = {
     "packed": {"input_ids": {0: "T"}, "position_ids": {0: "T"}, "pad_index": {0: "B", 1: "L"}}
     | {"token_index": {0: "T"}, "lengths": {0: "B"}, "token_type_ids": {0: "T"}}
-    | {"marks": {0: "M"}},
+    | {"marks": {0: "M"}, "adapter": {0: "B"}},
     "padded": {name: {0: "B", 1: "L"} for name in ("input_ids", "attention_mask", "token_type_ids")},
 }
 
@@ -156,16 +193,17 @@ def write_graph(running: RunningModel, info: BundleInfo, path: Path) -> None:
     generator = np.random.Generator(np.random.Philox(3))
     vocabulary = running.model.config.vocab_size
     example = [generator.integers(min(10, vocabulary - 1), vocabulary, n) for n in (7, 3, 11)]
-    arrays = graph_inputs(info, example, marks=[np.arange(0, len(x), 2) for x in example])
+    marks = [np.arange(0, len(x), 2) for x in example]
+    arrays = graph_inputs(info, example, marks=marks, adapters=np.arange(3) % max(1, len(info.adapters)))
     if info.layout == "packed":
-        graph: nn.Module = _PackedGraph(running)
+        graph: nn.Module = PackedGraph(running)
         order = ["input_ids", "position_ids", "pad_index", "token_index", "lengths"]
     else:
         running.run_padded("exported padded")
         _use_padded_attention(running.model)
         graph = _PaddedGraph(running.model)
         order = ["input_ids", "attention_mask"]
-    order += [name for name in ("token_type_ids", "marks") if name in arrays]
+    order += [name for name in ("token_type_ids", "marks", "adapter") if name in arrays]
     _export(graph, {name: torch.from_numpy(arrays[name]) for name in order}, AXES[info.layout], path)
 
 
@@ -190,6 +228,7 @@ def _export(graph: nn.Module, inputs: dict[str, Tensor], axes: Any, path: Path) 
                 external_data=False,
                 verbose=False,
                 opset_version=20,
+                custom_translation_table=translations(),
             )
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -76,12 +76,12 @@ def thaw() -> None:
     gc.unfreeze()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what decides the numbers, of `more` packages too."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("regraft", "torch", "transformers", "accelerate", "tokenizers", "numpy", "onnxruntime"):
+    for name in ("regraft", "torch", "transformers", "accelerate", "tokenizers", "numpy", "onnxruntime", *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

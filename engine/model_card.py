@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from regraft.engine.files import write_text
+from regraft.engine.heads.settings import LIVE_HEADS
 from regraft.engine.methods.settings import ADAPTERS
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent
@@ -31,7 +32,7 @@ HUB_METRICS = {
     "loss": "loss",
 }
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-WITH_A_HEAD = frozenset({"frozen", "vectors", "scratch", "contrastive"})
+WITH_A_HEAD = frozenset({"frozen", "vectors", "scratch", "contrastive", "tfidf", "onehot"})
 LISTED = 100  # labels from which the card stops listing them one a row
 SETTINGS = (
     ("method", "Method"),
@@ -74,7 +75,7 @@ def front_matter(data: ReportData) -> dict[str, Any]:
     """What the hub reads. The language is left out: nothing in a run says it."""
     name = str(data.setting("model.name", ""))
     figures = _best_figures(data)
-    library = "regraft" if str(data.setting("method", "full")) in WITH_A_HEAD else "transformers"
+    library = "regraft" if _own_head(data) else "transformers"
     pipeline = PIPELINES.get(data.task, "text-classification")
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
     if HUB_NAME.fullmatch(name) and not Path(name).exists() and not from_nothing(data):
@@ -134,8 +135,13 @@ def _use_by_command(data: ReportData) -> list[str]:
     return said
 
 
+def _own_head(data: ReportData) -> bool:
+    """Whether the model's head is none of transformers'."""
+    return str(data.setting("method", "full")) in WITH_A_HEAD or data.setting("head.type") in LIVE_HEADS
+
+
 def _use(data: ReportData) -> list[str]:
-    if str(data.setting("method", "full")) in WITH_A_HEAD | ADAPTERS:
+    if _own_head(data) or str(data.setting("method")) in ADAPTERS:
         return _use_with_head(data)
     if data.task not in WITH_TRANSFORMERS:
         return _use_by_command(data)
@@ -173,13 +179,16 @@ with torch.inference_mode():
 def _use_with_head(data: ReportData) -> list[str]:
     """Of a model whose head is none of transformers'."""
     texts = '[("the first text", "the second text")]' if _pairs(data) else '[("the text", None)]'
+    shown = "answer.prediction.label, answer.prediction.scores"
+    if data.task in ("tagging", "answering"):
+        shown = "answer.prediction.spans"
     code = f"""\
 from regraft.engine.predict import predict
 from regraft.engine.trained import load_trained
 
 model = load_trained("path/to/this/folder")
 for answer in predict(model, {texts}):
-    print(answer.prediction.label, answer.prediction.scores)"""
+    print({shown})"""
     said = ["## Use", f"```python\n{code}\n```"]
     if str(data.setting("method")) in ADAPTERS:
         said.append(
@@ -187,6 +196,8 @@ for answer in predict(model, {texts}):
         )
     if str(data.setting("method")) == "frozen":
         said.append("The encoder, unchanged, loads with `transformers.AutoModel`; the head is in `head.safetensors`.")
+    elif data.setting("head.type") in LIVE_HEADS and str(data.setting("method", "full")) in ("full", "bitfit"):
+        said.append("The encoder loads with `transformers.AutoModel`; the head is in `head.safetensors`.")
     return said
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.errors import ModelError
+from regraft.engine.methods.virtual import Prefix, PrefixedState, Prompt, virtual_tokens
 from regraft.engine.output_scale import OutputScale
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
@@ -95,10 +96,12 @@ class RunningModel(nn.Module):
         self.reads = reads
         self.pad_token_id = pad_token_id
         self.position_offset = 0
+        self.runs_in_step = False  # with other processes, batch for batch, as weights that are shared out want it
         self.packed = False
         self.reason = ""
         self.output_scale: OutputScale | None = None
         self.vocabulary_head: VocabularyHead | None = None
+        self.virtual = virtual_tokens(model)
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
         self._handles: list[Any] = []
@@ -106,10 +109,18 @@ class RunningModel(nn.Module):
         self._padded_attention = getattr(model.config, "_attn_implementation", None) or "sdpa"
 
     @property
+    def places_before(self) -> int:
+        """How many positions a prefix takes up; a prompt's are counted with the texts."""
+        return self.virtual.count if isinstance(self.virtual, Prefix) else 0
+
+    @property
     def uses_token_types(self) -> bool:
         return "token_type_ids" in self._parameters_taken and getattr(self.model.config, "type_vocab_size", 0) > 1
 
     def forward(self, batch: PackedBatch) -> Any:
+        rows = None
+        if isinstance(self.virtual, Prompt):
+            batch, rows = self.virtual.before(batch)
         run = self._forward_packed if self.packed else self._forward_padded
         head = self.vocabulary_head
         if head is not None and self.training and torch.is_grad_enabled():
@@ -118,6 +129,8 @@ class RunningModel(nn.Module):
             paired = isinstance(found, PairedLogits)
             return PairedLogits(head.rows(found.tokens), found.pairs) if paired else head.rows(found)
         logits = run(batch)
+        if rows is not None and self.reads == "tokens":
+            logits = logits.index_select(0, rows)
         return logits if self.output_scale is None else self.output_scale(logits)
 
     def _forward_packed(self, batch: PackedBatch) -> Tensor:
@@ -158,7 +171,10 @@ class RunningModel(nn.Module):
         mask = torch.arange(shape[1], device=lengths.device)[None] < lengths[:, None]
         ids = torch.full(shape, self.pad_token_id, dtype=torch.int64, device=lengths.device)
         ids[mask] = batch.input_ids
-        inputs = {"input_ids": ids, "attention_mask": mask.long()}
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+        if isinstance(self.virtual, Prefix):
+            inputs["attention_mask"] = torch.nn.functional.pad(mask.long(), (self.virtual.count, 0), value=1)
+            inputs["past_key_values"] = self.virtual.cache(batch.sequences)
         if self.uses_token_types:
             types = torch.zeros(shape, dtype=torch.int64, device=lengths.device)
             if batch.token_type_ids is not None:
@@ -201,7 +217,7 @@ class RunningModel(nn.Module):
         worst = float("inf")
         pad = self.model.config.pad_token_id
         for offset in sorted({0, (pad if pad is not None else -1) + 1}, reverse=_numbers_from_padding(self.model)):
-            self.position_offset = offset
+            self.position_offset = offset + self.places_before
             try:
                 worst = proof.error()
             except Exception as error:
@@ -213,18 +229,31 @@ class RunningModel(nn.Module):
             f"{type(self.model).__name__} mixes sequences when they are packed (error {worst:.1e}, allowed {PROOF_TOLERANCE:.0e})"
         )
 
+    def run_packed_as(self, proven: RunningModel) -> None:
+        """Packed without a proof of its own: the model is built like that of `proven`, which had one."""
+        register_attention()
+        self.model.set_attn_implementation(ATTENTION)
+        self._install()
+        self.packed, self.position_offset = True, proven.position_offset
+
     def use_kernels(self) -> None:
         """Bind the fast forwards on this model's instances; parameters stay."""
-        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections
+        from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections, bind_rotary
         from regraft.engine.vocabulary_head import bind_vocabulary_head
 
-        if next(self.model.parameters()).device.type == "cpu":
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        if on_cpu:
             bind_dropout(self.model)
+        if self.packed and on_cpu:
+            from regraft.engine.fast_cpu import bind_native
+
+            bind_native(self)
         if self.packed:
             if self._first_rows_only:
                 bind_last_layer(self)
             bind_merged_projections(self)
-            if next(self.model.parameters()).device.type == "cuda":
+            bind_rotary(self)
+            if next(self.model.parameters()).device.type == "cuda" and self.virtual is None:
                 from regraft.engine.fast_gpu import bind_fused
 
                 bind_fused(self)
@@ -233,6 +262,8 @@ class RunningModel(nn.Module):
     def _install(self) -> None:
         for module in self.model.modules():
             module.regraft_state = self._state
+            if isinstance(self.virtual, Prefix) and isinstance(getattr(module, "layer_idx", None), int):
+                module.regraft_state = PrefixedState(self._state, self.virtual, module.layer_idx)
         if self.reads != "first":
             self._install_marks()
             return
@@ -320,6 +351,7 @@ class _Proof:
         self.running = running
         config = running.model.config
         limit = getattr(config, "max_position_embeddings", 512) or 512
+        limit -= running.virtual.count if running.virtual else 0
         window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None) or 0
         lengths = [n for n in (7, 1, 23, 12, 12, min(limit - 4, 2 * window + 9)) if 0 < n < limit - 2]
         generator = torch.Generator().manual_seed(7)

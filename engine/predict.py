@@ -107,9 +107,19 @@ def evaluate_file(model: str, file: str | None, style: str) -> int:
 
 
 def predict_command(
-    model: str, texts: list[str], *, file: str | None, pair: str | None, top_k: int | None, style: str | None
+    model: str,
+    texts: list[str],
+    *,
+    file: str | None,
+    pair: str | None,
+    top_k: int | None,
+    style: str | None,
+    adapters: Sequence[str] = (),
 ) -> int:
-    """`regraft predict`: write one answer a text to standard output, in order, as they come."""
+    """`regraft predict`: write one answer a text to standard output, in order, as they come.
+
+    `adapters`: names of runs in the folder `model`, which answer each text one after the other.
+    """
     from regraft.engine.threads import available_threads
 
     if texts and file:
@@ -119,18 +129,33 @@ def predict_command(
     if top_k is not None and top_k < 1:
         raise DataError(f"--top-k {top_k}: expected at least 1")
     _set_threads(available_threads())
-    trained = load_trained(model)
+    if len(adapters) > 1 and style not in (None, "jsonl"):
+        raise DataError(f"--format {style} takes one --adapter; several are written as jsonl")
+    chosen = _chosen(model, adapters)
+    trained = next(iter(chosen.values()))
     dropped: dict[str, int] = {}
     if texts:
         source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
     else:
         source = trained.task.inputs(file or sys.stdin.buffer, trained.data, dropped)
-    style = style or ("table" if sys.stdout.isatty() else "jsonl")
-    write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
-    write(predict(trained, source), trained, top_k, sys.stdout)
+    if len(chosen) > 1:
+        _write_several(chosen, source, top_k, sys.stdout)
+    else:
+        style = style or ("table" if sys.stdout.isatty() else "jsonl")
+        write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
+        write(predict(trained, source), trained, top_k, sys.stdout)
     for rule, count in dropped.items():
         print(f"{count:,} rows left out: {rule}", file=sys.stderr)
     return 0
+
+
+def _chosen(model: str, adapters: Sequence[str]) -> dict[str, Trained]:
+    if not adapters:
+        return {"": load_trained(model)}
+    from regraft.engine.methods.several import find_adapters, load_adapters
+
+    runs = find_adapters(model, adapters)
+    return load_adapters(runs) if len(runs) > 1 else {"": load_trained(runs[0])}
 
 
 def _set_threads(count: int) -> None:
@@ -141,13 +166,28 @@ def _set_threads(count: int) -> None:
 
 def _write_jsonl(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     for a in answers:
-        record: dict[str, Any] = {"text": a.text} | ({"text_pair": a.pair} if a.pair is not None else {})
-        record |= _rounded(trained.task.answer(a.prediction, top_k))
-        if "scores" in record:
-            record.pop("score", None)
-        if a.cut_tokens:
-            record["cut_tokens"] = a.cut_tokens
-        out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        out.write(json.dumps(_record(a, trained, top_k), ensure_ascii=False) + "\n")
+
+
+def _record(a: Answer, trained: Trained, top_k: int | None) -> dict[str, Any]:
+    record: dict[str, Any] = {"text": a.text} | ({"text_pair": a.pair} if a.pair is not None else {})
+    record |= _rounded(trained.task.answer(a.prediction, top_k))
+    if "scores" in record:
+        record.pop("score", None)
+    if a.cut_tokens:
+        record["cut_tokens"] = a.cut_tokens
+    return record
+
+
+def _write_several(
+    chosen: dict[str, Trained], texts: Iterable[tuple[str, Any]], top_k: int | None, out: IO[str]
+) -> None:
+    source = iter(texts)
+    while chunk := list(islice(source, CHUNK_ROWS)):
+        each = [predict(trained, chunk) for trained in chosen.values()]
+        for answers in zip(*each, strict=True):
+            for (name, trained), a in zip(chosen.items(), answers, strict=True):
+                out.write(json.dumps({"adapter": name} | _record(a, trained, top_k), ensure_ascii=False) + "\n")
 
 
 def _rounded(value: Any) -> Any:

@@ -102,6 +102,21 @@ def load_classifier(config: ModelConfig, task: Task, new_words: NewWords | None 
     Raises ModelError for a folder that is not a model, and for a hub name without a network; ConfigError for an
     architecture that cannot be.
     """
+    labels = task.labels
+    named: dict[str, Any] = {"num_labels": task.outputs} if task.outputs else {}
+    if labels and len(labels) == task.outputs:
+        named |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if task.problem_type is not None:
+        named["problem_type"] = task.problem_type
+    return _load(config, task.auto_model, named, new_words)
+
+
+def load_encoder(config: ModelConfig, new_words: NewWords | None = None) -> PreTrainedModel:
+    """The bare encoder in fp32, its weights and vocabulary as `load_classifier` says. Raises ModelError, ConfigError."""
+    return _load(config, "AutoModel", {}, new_words)
+
+
+def _load(config: ModelConfig, kind: str, named: dict[str, Any], new_words: NewWords | None) -> PreTrainedModel:
     import transformers
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -109,14 +124,8 @@ def load_classifier(config: ModelConfig, task: Task, new_words: NewWords | None 
     name = source_of(config)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    labels = task.labels
     fresh = config.config is not None
     try:
-        named: dict[str, Any] = {"num_labels": task.outputs} if task.outputs else {}
-        if labels and len(labels) == task.outputs:
-            named |= {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        if task.problem_type is not None:
-            named["problem_type"] = task.problem_type
         if fresh:
             from regraft.engine.architecture import fresh_settings
 
@@ -135,12 +144,12 @@ def load_classifier(config: ModelConfig, task: Task, new_words: NewWords | None 
             ):
                 if hasattr(settings, key):
                     setattr(settings, key, config.dropout)
-        kind = getattr(transformers, task.auto_model)
+        made = getattr(transformers, kind)
         if fresh:
-            model = _drawn(kind, settings)
+            model = _drawn(made, settings)
             drawn = {n for n, _ in model.named_parameters()}
         else:
-            model, found = kind.from_pretrained(
+            model, found = made.from_pretrained(
                 name, config=settings, revision=config.revision, dtype="float32", output_loading_info=True
             )
             drawn = found["missing_keys"]
@@ -154,9 +163,9 @@ def load_classifier(config: ModelConfig, task: Task, new_words: NewWords | None 
     return model
 
 
-def _drawn(kind: Any, settings: Any) -> Any:
+def _drawn(made: Any, settings: Any) -> Any:
     try:
-        return kind.from_config(settings, dtype="float32").eval()
+        return made.from_config(settings, dtype="float32").eval()
     except ValueError as error:  # sizes that do not fit together
         raise ConfigError(f"model.config: {' '.join(str(error).split())[:300]}") from None
 

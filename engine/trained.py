@@ -60,6 +60,7 @@ def save_trained(
             "base_model": config.model.name,
             "method": config.method,
             "seed": config.training.seed,
+            **getattr(adaptation.model, "facts", {}),  # of a head that is none of transformers'
         }
         if adaptation.is_adapter:
             facts |= {
@@ -124,11 +125,15 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
 
     folder = find_trained(path)
     facts = read_facts(folder)
+    if "bag" in facts:
+        from regraft.engine.words.bags import load_bag
+
+        return load_bag(folder, facts)
     if "words" in facts:
         from regraft.engine.words.model import load_words
 
         return load_words(folder, facts)
-    if "head" in facts:
+    if "head" in facts and not is_adapter_folder(folder):
         from regraft.engine.heads.model import load_grafted
 
         return load_grafted(folder, facts, packing=packing)

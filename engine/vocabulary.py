@@ -36,6 +36,8 @@ class UsedRows:
         self._place[rows] = np.arange(len(rows))
         device = self._table.device
         self.module.weight = nn.Parameter(self._table[self.rows.to(device)].clone())
+        self.trained: Any = self.module.weight  # as the optimizer knows it
+        self._table = self._table.cpu()  # a GPU has better use for rows that nobody reads
         self.module.num_embeddings = len(rows)
         if self.module.padding_idx is not None:
             self.module.padding_idx = int(self._place[self.module.padding_idx])
@@ -47,7 +49,7 @@ class UsedRows:
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Decay the rows left out as the optimizer has just decayed the others."""
         for group in optimizer.param_groups:
-            if any(p is self.module.weight for p in group["params"]):
+            if any(p is self.trained for p in group["params"]):
                 self.decayed *= 1.0 - group["lr"] * group["weight_decay"]
         if self.ema is not None:
             self.averaged = self.ema * self.averaged + (1.0 - self.ema) * self.decayed
@@ -58,7 +60,7 @@ class UsedRows:
         small = self.module.weight.data
         left = self.decayed if self.ema is None else self.averaged
         table = self._table * left
-        table[self.rows.to(table.device)] = small
+        table[self.rows] = small.to(table.device)
         self.module.weight.data = table
         try:
             yield

@@ -103,7 +103,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _marked_batch(running: RunningModel) -> Any:
-    from regraft.engine.fast import small_batch
+    from regraft.engine.binding import small_batch
 
     batch = small_batch(running)
     return replace(batch, marks=torch.arange(0, batch.tokens, 3, device=batch.input_ids.device))

@@ -4,6 +4,7 @@ A caller never chooses. `REGRAFT_KERNELS` does, for a whole process, and `forced
     auto        Triton where the tensor is on a GPU of sm_80 or newer and Triton is installed (the default)
     reference   plain torch always
     triton      Triton always; on CPU tensors that needs TRITON_INTERPRET=1, set before Triton is imported
+Some have a form in C too, for fp32 on CPU (native.py), under `auto`. Triton is imported when it is first asked for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from regraft.kernels.lang import HAS_TRITON, IS_INTERPRETED
 
 CHOICES = ("auto", "reference", "triton")
 OLDEST = (8, 0)
@@ -50,6 +49,8 @@ def use_triton(x: Tensor) -> bool:
     value = choice()
     if value == "reference":
         return False
+    from regraft.kernels.lang import IS_INTERPRETED
+
     if value == "triton":
         reason = _cannot_be_forced(x)
         if reason:
@@ -64,6 +65,8 @@ def use_triton(x: Tensor) -> bool:
 @lru_cache(maxsize=64)
 def why_not(device: int) -> str | None:
     """Why kernels on this CUDA device run as plain torch; None where they run in Triton. Said once, to the log."""
+    from regraft.kernels.lang import HAS_TRITON
+
     reason = None
     if not HAS_TRITON:
         reason = "Triton is not installed"
@@ -76,6 +79,8 @@ def why_not(device: int) -> str | None:
 
 
 def _cannot_be_forced(x: Tensor) -> str | None:
+    from regraft.kernels.lang import HAS_TRITON, IS_INTERPRETED
+
     if not HAS_TRITON:
         return "Triton is not installed"
     if x.device.type == "cpu" and not IS_INTERPRETED:

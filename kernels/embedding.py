@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels.checks import INTEGERS, expect
+
 
 class RowGradient:
     """The gradient buffer of one embedding weight, and the rows in it that are not zero."""
@@ -63,5 +65,7 @@ class _RowEmbedding(torch.autograd.Function):
 
 
 def row_embedding(ids: Tensor, gradient: RowGradient) -> Tensor:
-    """Rows `ids` of the weight; their gradient goes to `gradient` instead of through autograd."""
+    """Rows `ids` of the weight; their gradient goes to `gradient` instead of through autograd. Raises ValueError or TypeError,
+    naming the argument."""
+    expect("ids", ids, dtype=INTEGERS, like=gradient.weight, contiguous=False)
     return _RowEmbedding.apply(ids, gradient.weight, gradient)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels.checks import expect
+
 
 def _folded(base: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(base, up, down, alpha=scale)
@@ -53,5 +55,20 @@ class _FoldedLora(torch.autograd.Function):
 def folded_lora(
     x: Tensor, base: Tensor, bias: Tensor | None, down: Sequence[Tensor], up: Sequence[Tensor], scale: float
 ) -> Tensor:
-    """n frozen layers with LoRA over the same input: x [T, K] -> [T, n, M]. `down`: the A_i, `up`: the B_i."""
+    """n frozen layers with LoRA over the same input: x [T, K] -> [T, n, M]. `down`: the A_i, `up`: the B_i.
+
+    Raises ValueError or TypeError, naming the argument.
+    """
+    expect("base", base, shape=(None, None, None), contiguous=False)
+    n, outputs, inputs = base.shape
+    expect("x", x, shape=(None, inputs), dtype=base.dtype, like=base, contiguous=False)
+    if bias is not None:
+        expect("bias", bias, shape=(n, outputs), dtype=base.dtype, like=base, contiguous=False)
+    for name, parts in (("down", down), ("up", up)):
+        if len(parts) != n:
+            raise ValueError(f"{name}: has {len(parts)} parts, expected {n}, one a layer")
+    rank = down[0].shape[0] if n and down[0].dim() else None
+    for i, (one, other) in enumerate(zip(down, up, strict=True)):
+        expect(f"down[{i}]", one, shape=(rank, inputs), dtype=base.dtype, like=base, contiguous=False)
+        expect(f"up[{i}]", other, shape=(outputs, rank), dtype=base.dtype, like=base, contiguous=False)
     return _FoldedLora.apply(x, base, bias, scale, *down, *up)

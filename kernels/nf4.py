@@ -102,8 +102,6 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
 
     Shape: x [.., I], bias [O] -> [.., O]. Raises ValueError or TypeError, naming the argument.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     expect(
         "x",
         x,
@@ -114,6 +112,8 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     )
     if bias is not None:
         expect("bias", bias, shape=(weight.shape[0],), like=x)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = x.reshape(-1, x.shape[-1])
     y = _linear(rows.contiguous(), *_arguments(weight))
     return (y if bias is None else y + bias.to(y.dtype)).view(*x.shape[:-1], weight.shape[0])

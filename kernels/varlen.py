@@ -8,7 +8,7 @@ fp32 a row and head. Bound by arithmetic from about length 256 on, by memory and
 from the seed in the backward; blocks outside the window or the sequence are never visited; the backward has no atomics.
 
 On a GPU one of two implementations runs: the kernels of `varlen_triton`, or torch's own
-`aten::_flash_attention_forward`. `HAND_OVER` says which is faster for a shape, by measurement; see `hands_over`.
+`aten::_flash_attention_forward`. `hand_over` says which is faster for a shape, by measurement; see `hands_over`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from torch import Tensor
 from regraft.kernels.checks import expect, expect_cu_seqlens, expect_range
 from regraft.kernels.choice import choice, use_triton
 from regraft.kernels.dropout import scale_of
+from regraft.kernels.hand_over import faster
 from regraft.kernels.lang import IS_INTERPRETED, accumulate, cdiv
 from regraft.kernels.philox import keep_mask, resolve_seed, threshold_of
+from regraft.kernels.rotary import rotate
 from regraft.kernels.varlen_triton import KERNELS, blocks_for, widths
 
 HEAD_SIZES = (32, 64, 96, 128)
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-
-# (compute capability, head size, longest up to, dropout) -> "own" or "aten", from `python bench/kernels.py` on that GPU.
-# Empty: not yet measured on any.
-HAND_OVER: dict[tuple[int, int, int, bool], str] = {}
-LENGTHS = (64, 128, 256, 512, 1024, 8192)
 
 
 def varlen_attention(
@@ -60,6 +57,8 @@ def varlen_attention(
     expect_range("p", p, 0, 1)
     if (cos is None) != (sin is None):
         raise ValueError(f"{'sin' if sin is None else 'cos'}: is None, expected both cos and sin or neither")
+    if cos is not None and size % 2:
+        raise ValueError(f"qkv: head size is {size}, expected an even number where positions are rotary")
     for name, angle in (("cos", cos), ("sin", sin)):
         if angle is not None:
             expect(name, angle, shape=(tokens, size // 2), like=qkv)
@@ -92,9 +91,16 @@ def first_rows_attention(
     """Attention of the first token of each sequence alone, all that a classification head reads.
 
     Shape: q [B, H, D], k, v [T, H, D] -> [B, H, D]; no sequence may be empty. What torch's flash attention does not take
-    goes through `varlen_attention`, with queries of zero for all other tokens.
+    goes through `varlen_attention`, with queries of zero for all other tokens. Raises ValueError or TypeError, naming the
+    argument.
     """
+    expect("k", k, shape=(None, None, None), contiguous=False)
+    expect("v", v, shape=k.shape, dtype=k.dtype, like=k, contiguous=False)
+    expect_cu_seqlens("cu_seqlens", cu_seqlens, k)
     expect("q", q, shape=(cu_seqlens.shape[0] - 1, *k.shape[1:]), like=k, contiguous=False)
+    expect_range("p", p, 0, 1)
+    if max_seqlen < 1 and k.shape[0]:
+        raise ValueError(f"max_seqlen: is {max_seqlen}, expected at least 1")
     if hands_over(k[:, None], max_seqlen, p):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         each = torch.arange(cu_seqlens.shape[0], dtype=torch.int32, device=q.device)
@@ -116,17 +122,7 @@ def hands_over(qkv: Tensor, max_seqlen: int, p: float) -> bool:
     if qkv.device.type != "cuda" or qkv.dtype not in FLASH_DTYPES or choice() != "auto" or qkv.shape[-1] > 256:
         return False
     major, minor = torch.cuda.get_device_capability(qkv.device)
-    bucket = next((n for n in LENGTHS if max_seqlen <= n), LENGTHS[-1])
-    key = (10 * major + minor, qkv.shape[-1], bucket, p > 0)
-    return (major, minor) >= (8, 0) and HAND_OVER.get(key, "aten") == "aten"
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [T, H, D] in fp32 or better, by halves; cos, sin [T, D // 2]."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    a, b = wide.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(wide.dtype), sin[:, None].to(wide.dtype)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return (major, minor) >= (8, 0) and faster(10 * major + minor, qkv.shape[-1], max_seqlen, p > 0) == "aten"
 
 
 def _flash(

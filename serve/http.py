@@ -8,15 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, create_model
 
-from regraft.engine.bundle import BundleInfo
 from regraft.engine.tasks import Prediction, Task
+from regraft.serve.adapters import Model, answering
 from regraft.serve.limits import BodyLimit
 from regraft.serve.page import info_page
 from regraft.serve.refusals import ClientGone, add_error_answers, error_answer
@@ -37,17 +36,6 @@ from regraft.serve.tokens import Encoded, Prepared
 
 # So many characters for each token that the queue takes may wait for the tokenizer; more would find the queue full.
 BACKLOG_CHARACTERS = 8
-
-
-class Model(Protocol):
-    """What the endpoint asks of a session."""
-
-    info: BundleInfo
-    task: Task
-
-    def prepare(self, texts: Sequence[str], pairs: Sequence[Any] | None = None) -> Prepared: ...
-
-    def answers(self, prepared: Prepared, outputs: Sequence[np.ndarray]) -> list[Prediction]: ...
 
 
 def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | None = None) -> FastAPI:
@@ -96,19 +84,19 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
     @app.post("/predict", response_model=predict_answer, responses=refusals, summary="Answer a text, a pair or a list")
     async def predict(body: PredictRequest, request: Request) -> Any:
         """Every input gets one entry in `predictions`, in the order it came. A list is taken whole or refused whole."""
-        inputs = body.items()
+        inputs, model = body.items(), answering(session, body.adapter)
         if len(inputs) > settings.max_items:
             raise TooLarge(f"{len(inputs)} inputs in one request; at most {settings.max_items} are taken at a time")
         scheduler.check_room()
         nonlocal backlog
-        texts, pairs = taken(session.task, inputs, isinstance(body.inputs, list))
+        texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list))
         characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if isinstance(pair, str))
         if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
             raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)
         backlog += characters
         began = perf_counter()
         try:
-            prepared = await asyncio.get_running_loop().run_in_executor(tokenizing, session.prepare, texts, pairs)
+            prepared = await asyncio.get_running_loop().run_in_executor(tokenizing, model.prepare, texts, pairs)
         finally:
             backlog -= characters
         took = perf_counter() - began
@@ -127,14 +115,14 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
             # What is left is answered as if the failed inputs had not been asked.
             left = [i for i in range(prepared.inputs) if i not in failed]
             outputs = dict(zip(_places(prepared), outcome.rows, strict=True))
-            prepared = session.prepare([texts[i] for i in left], [pairs[i] for i in left])
+            prepared = model.prepare([texts[i] for i in left], [pairs[i] for i in left])
             found = [outputs[left[owner], nth] for owner, nth in _places(prepared)]
-            answered = session.answers(prepared, found) if left else []  # type: ignore[arg-type]
+            answered = model.answers(prepared, found) if left else []  # type: ignore[arg-type]
             items = {left[o]: [prepared.items[n] for n in prepared.of(o)] for o in range(len(left))}
         else:
-            answered = session.answers(prepared, outcome.rows) if prepared.items else []  # type: ignore[arg-type]
+            answered = model.answers(prepared, outcome.rows) if prepared.items else []  # type: ignore[arg-type]
             items = {o: [prepared.items[n] for n in prepared.of(o)] for o in set(prepared.owners)}
-        shaped = _answers(session.task, answer_type, len(inputs), answered, items, failed, body.top_k)
+        shaped = _answers(model.task, answer_type, len(inputs), answered, items, failed, body.top_k)
         return predict_answer(predictions=shaped, times=times)
 
     @app.get("/health", summary="Is the process alive?")
@@ -231,6 +219,10 @@ def _ms(seconds: float) -> float:
 
 
 def _description(session: Model) -> str:
+    if session.info.adapters:
+        return (
+            f"Several adapters over one encoder; each request names its `adapter`: {', '.join(session.info.adapters)}."
+        )
     labels = session.task.labels
     shown = ", ".join(f"`{name}`" for name in labels[:30]) + (
         f" and {len(labels) - 30} more" if len(labels) > 30 else ""

@@ -17,9 +17,9 @@ td {{ padding: .15rem 1.2rem .15rem 0; vertical-align: top }}
 <h1>Regraft endpoint</h1>
 <table>{rows}</table>
 <h2>Ask</h2>
-<pre>curl -s $URL/predict -H 'content-type: application/json' -d '{{"inputs": "a text"}}'
-curl -s $URL/predict -H 'content-type: application/json' -d '{{"inputs": {{"text": "one", "text_pair": "other"}}}}'
-curl -s $URL/predict -H 'content-type: application/json' -d '{{"inputs": ["a text", "another"], "top_k": 3}}'</pre>
+<pre>curl -s $URL/predict -H 'content-type: application/json' -d '{{"inputs": "a text"{adapter}}}'
+curl -s $URL/predict -H 'content-type: application/json' -d '{{"inputs": {{"text": "one", "text_pair": "other"}}{adapter}}}'
+curl -s $URL/predict -H 'content-type: application/json' -d '{{"inputs": ["a text", "another"], "top_k": 3{adapter}}}'</pre>
 <p><a href="docs">OpenAPI page</a> · <a href="openapi.json">openapi.json</a> · <a href="metadata">metadata</a> ·
 <a href="ready">ready</a> · <a href="health">health</a></p>
 </body></html>
@@ -31,8 +31,11 @@ def info_page(info: BundleInfo, task: Task) -> str:
     shown = {
         "task": task.type,
         "labels": ", ".join(task.labels),
+        **({"adapters": ", ".join(info.adapters)} if info.adapters else {}),
         "layout": f"{info.layout}, {info.precision}",
         "longest text": f"{info.max_length} tokens",
         **{key: str(value) for key, value in info.source.items() if isinstance(value, str | int | float)},
     }
-    return PAGE.format(rows="".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in shown.items()))
+    adapter = f', "adapter": "{escape(info.adapters[0])}"' if info.adapters else ""
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in shown.items())
+    return PAGE.format(rows=rows, adapter=adapter)

@@ -70,6 +70,9 @@ class PredictRequest(BaseModel):
     )
 
     inputs: Inputs
+    adapter: str | None = Field(
+        default=None, description="Which adapter answers, for a bundle that has several; left out for any other."
+    )
     top_k: int | None = Field(
         default=None, ge=1, description="How many scores each answer lists, highest first; all when left out."
     )

@@ -93,7 +93,8 @@ class Session:
         for group in like_lengths(lengths, self._slack):
             ids, types = [items[i].ids for i in group], [items[i].types for i in group]
             marks = [_marks(items[i]) for i in group] if self.info.reads == "marked" else None
-            logits = self._graph.run(["logits"], graph_inputs(self.info, ids, types, marks))[0]
+            adapters = np.array([items[i].adapter for i in group], dtype=np.int64)
+            logits = self._graph.run(["logits"], graph_inputs(self.info, ids, types, marks, adapters))[0]
             for i, found in zip(group, graph_outputs(self.info, logits, ids, marks), strict=True):
                 outputs[i] = found
         return np.stack(outputs) if self.info.reads == "first" else outputs  # type: ignore[return-value]
@@ -126,7 +127,11 @@ class Session:
     def _check_inputs(self) -> None:
         found = sorted(i.name for i in self._graph.get_inputs())
         marked = self.info.reads == "marked" and self.info.layout == "packed"
-        more = (*(("token_type_ids",) if self.info.token_types else ()), *(("marks",) if marked else ()))
+        more = (
+            *(("token_type_ids",) if self.info.token_types else ()),
+            *(("marks",) if marked else ()),
+            *(("adapter",) if self.info.adapters else ()),
+        )
         expected = sorted((*INPUTS[self.info.layout], *more))
         outputs = [o.name for o in self._graph.get_outputs()]
         if found != expected or "logits" not in outputs:

@@ -18,7 +18,7 @@ class Encoded:
 
     Shape: ids [L] int64, types [L] int64 (0 for the first text, 1 for the second). `truncated` tokens were cut off.
     `problem` says why there are no tokens, where there are none. `marks` [M]: places whose logits are wanted, for a
-    head that reads marked tokens.
+    head that reads marked tokens. `adapter`: which of a bundle's adapters answers it.
     """
 
     ids: np.ndarray
@@ -26,6 +26,7 @@ class Encoded:
     truncated: int = 0
     problem: str | None = None
     marks: np.ndarray | None = None
+    adapter: int = 0
 
     @property
     def tokens(self) -> int:

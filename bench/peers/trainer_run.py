@@ -2,12 +2,13 @@
 
 Runs in the peer's environment and imports nothing of this repository. The argument is one JSON object, the last line
 printed is one. Keys: model, train, dev (jsonl with text, text_pair, label), max_length, seed, threads, folder,
-arguments (for TrainingArguments), warmup_steps and window_steps (speed), save (folder for the best model).
+arguments (for TrainingArguments), lora (for peft's LoraConfig), warmup_steps and window_steps (speed), save (folder for the best model).
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -37,6 +38,10 @@ def main() -> None:
     model = AutoModelForSequenceClassification.from_pretrained(
         spec["model"], num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=number
     )
+    if "lora" in spec:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", **spec["lora"]))
     tokens: list[int] = []
     pad = DataCollatorWithPadding(tokenizer)
 
@@ -76,6 +81,7 @@ def main() -> None:
                 "seconds": window,
                 "steps": last - first,
                 "first_step_seconds": clock.wall[0] - spec["started"] if "started" in spec else None,
+                "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
                 "threads": torch.get_num_threads(),
             }
         )

@@ -31,21 +31,22 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     from regraft.engine.compare.page import text_table, write_comparison
     from regraft.engine.compare.results import advice
+    from regraft.engine.compare.rows import splits_of
     from regraft.engine.compare.run import compare
-    from regraft.engine.compare.ways import DEFAULT, NAMES
+    from regraft.engine.compare.ways import DEFAULT, FOR_TAGS, NAMES
     from regraft.engine.config import load_config
     from regraft.engine.progress import ProgressBar
-    from regraft.engine.training.splits import read_splits
 
     config = load_config(args.config, args.overrides)
-    names = NAMES if args.ways == "all" else tuple(args.ways.split(",")) if args.ways else DEFAULT
+    usual = FOR_TAGS if config.task.type == "tagging" else DEFAULT
+    names = NAMES if args.ways == "all" else tuple(args.ways.split(",")) if args.ways else usual
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"--ways: {name!r} is no way{nearest(name, NAMES)}; there are: {', '.join(NAMES)}")
     if args.seeds < 1 or args.folds == 1 or args.folds < 0:
         raise ConfigError("--seeds: at least 1; --folds: 0 for none, or at least 2")
     shares = sorted({*(_share(s) for s in args.shares.split(",")), 1.0})
-    task, splits = read_splits(config)
+    task, splits = splits_of(config)
     budget = seconds(args.budget)
     results = compare(
         config, names, budget=budget, seeds=args.seeds, folds=args.folds, shares=shares, say=ProgressBar("", 0).say

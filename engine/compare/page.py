@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.engine.compare.results import Result, advice, ranked
+from regraft.engine.compare.spread import spread_chart
 from regraft.engine.files import write_text
 from regraft.engine.report.formats import count, duration, metric_name
 from regraft.engine.report.lines import Line, line_chart
@@ -74,7 +75,10 @@ def _figures(results: Sequence[Result], metric: str, greater_is_better: bool) ->
     best = {i for i, r in enumerate(results) if order and r is order[0]}
     columns = words("Way") + numbers(metric_name(metric), *(h.capitalize() for h in HEAD[1:]))
     rows = [[r.title, *cells(r, metric)] for r in results]
-    return el("section", el("h2", "Figures"), table(columns, rows, kept=best))
+    drawn = spread_chart(order, metric)
+    note = el("p", "Dot: mean; bar: one standard deviation to either side; faint: each seed or fold.", class_="note")
+    shown = [el("figure", el("h3", f"{metric_name(metric)} with its spread"), drawn), note] if drawn else []
+    return el("section", el("h2", "Figures"), table(columns, rows, kept=best), shown)
 
 
 def _curves(results: Sequence[Result], metric: str, greater_is_better: bool) -> Markup | None:

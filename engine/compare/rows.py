@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from regraft.engine.config import RunConfig
 from regraft.engine.data.rows import Rows
+from regraft.engine.tasks import Tagging, Task, task_class
+from regraft.engine.training.splits import Splits, read_parts, read_splits
 
 
 def part_of(targets: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -38,11 +41,40 @@ def fold_of(targets: np.ndarray, folds: int) -> np.ndarray:
     return fold
 
 
-def write_rows(path: Path, rows: Rows, columns: dict[str, Any]) -> None:
+def splits_of(config: RunConfig) -> tuple[Task, Splits]:
+    """Task, rows and targets of every split; of tags the targets are all 0: rows of one kind, as parts are drawn.
+
+    Raises DataError, and ConfigError for a task that cannot be compared.
+    """
+    if task_class(config.task.type) is not Tagging:
+        return read_splits(config)
+    task, parts = read_parts(config)
+    splits: Splits = {}
+    for name, rows in parts.items():
+        _, kept = task.encode(
+            rows, config.data.columns.label, "error" if name == "train" else config.data.unknown_label
+        )
+        splits[name] = (rows.take(kept), np.zeros(len(kept), dtype=np.int64))
+    return task, splits
+
+
+def write_rows(path: Path, rows: Rows, columns: dict[str, Any], task: Task) -> None:
     """The rows as jsonl under the names of `columns`."""
     with path.open("w", encoding="utf-8") as file:
         for i in range(len(rows)):
             row: dict[str, Any] = {columns["text"]: rows.texts[i], columns["label"]: (rows.labels or [])[i]}
-            if rows.pairs is not None:
+            if isinstance(task, Tagging):
+                row = _tagged(task, rows, i, columns)
+            elif rows.pairs is not None:
                 row[columns["text_pair"]] = rows.pairs[i]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _tagged(task: Tagging, rows: Rows, row: int, columns: dict[str, Any]) -> dict[str, Any]:
+    """Words with their tags, where the source gave words; else the text with its spans."""
+    text, spans = rows.texts[row], (rows.labels or [])[row]
+    words = None if rows.pairs is None else rows.pairs[row]
+    if words is None:
+        return {columns["text"]: text, columns["label"]: [list(span) for span in spans]}
+    tags = [task.labels[n] for n in task.encode(rows.take(np.array([row])))[0][0]]
+    return {columns["text"]: [text[start:end] for start, end in words], columns["label"]: tags}

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from regraft.engine.config import RunConfig, parse_config
+from regraft.engine.heads.fits import on_live_encoder
+from regraft.engine.heads.settings import BAG_METHODS, WORD_METHODS
+from regraft.engine.methods.settings import SECTIONS
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ FROZEN = {"learning_rate": 1e-3, "epochs": 15, "batch_size": 32, "layer_decay": 
 SCRATCH = {"learning_rate": 1e-3, "epochs": 6, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}
 WAYS = (
     Way("majority", "majority class", {}),
-    Way("tfidf", "TF-IDF + logistic regression", {}),
+    Way("tfidf", "TF-IDF + logistic regression", {"method": "tfidf", "head": {"type": "logistic", "c": 10.0}}),
     Way("vectors", "word vectors + BiLSTM", {"method": "vectors", "head": {"type": "bilstm", "dropout": 0.3, "hidden": 100}, "training": SCRATCH}),
     Way("lstm", "LSTM from scratch", {"method": "scratch", "head": {"type": "bilstm", "dropout": 0.3, "hidden": 100}, "training": SCRATCH}),
     Way("cnn", "CNN from scratch", {"method": "scratch", "head": {"type": "cnn", "dropout": 0.3, "hidden": 100}, "training": SCRATCH}),
@@ -31,12 +34,15 @@ WAYS = (
     Way("logistic", "frozen + logistic regression", {"method": "frozen", "head": {"type": "logistic"}, "training": FROZEN}),
     Way("linear", "frozen + linear", {"method": "frozen", "head": {"type": "linear"}, "training": FROZEN}),
     Way("mix", "frozen + scalar mix of layers", {"method": "frozen", "head": {"type": "linear", "mix": "scalar"}, "features": {"layers": "all"}, "training": FROZEN}),
+    Way("bilstm", "frozen + BiLSTM over last four layers", {"method": "frozen", "head": {"type": "bilstm", "mix": "concat", "hidden": 100, "dropout": 0.3}, "features": {"layers": "last4"}, "training": FROZEN}),
     Way("contrastive", "contrastive few-shot", {"method": "contrastive", "head": {"type": "logistic"}, "training": {"layer_decay": 1.0, "learning_rate": 5e-5, "epochs": 20, "batch_size": 32}}),
     Way("lora", "LoRA", {"method": "lora", "training": {"learning_rate": 5e-4}}),
     Way("full", "full fine-tuning", {"method": "full"}),
 )  # fmt: skip
 NAMES = tuple(way.name for way in WAYS)
 DEFAULT = ("majority", "tfidf", "vectors", "lstm", "logistic", "linear", "mix", "lora", "full")
+FOR_TAGS = ("vectors", "lstm", "linear", "mix", "bilstm", "lora", "full")  # where each word gets an answer
+OWN_HEAD = ("frozen", "contrastive", *WORD_METHODS, *BAG_METHODS)  # methods that take the head section
 LEAST_STEPS = 60  # of a trained way: an epoch over 1% of the rows is no training
 FEW_SHOT_ROWS = 64  # a class: beyond it pairs of rows teach no more than the rows themselves
 
@@ -47,15 +53,19 @@ def configured(base: RunConfig, way: Way, *, seed: int, run: str, rows: int) -> 
     values.setdefault("training", {})
     for section, settings in way.settings.items():
         values[section] = {**values.get(section, {}), **settings} if isinstance(settings, dict) else settings
-    if way.settings.get("method") in ("frozen", "vectors", "scratch", "contrastive"):
+    if way.settings.get("method") in OWN_HEAD:
         # What the user's head or features say holds for the way they were written for.
         for section in ("head", "features"):
             kept = {"store", "limit_gb", "descriptions"} & values.get(section, {}).keys()
             own = {k: v for k, v in values.get(section, {}).items() if k in kept}
             values[section] = {**own, **way.settings.get(section, {})}
-    else:
+    elif not on_live_encoder(base):  # a head of ours on the live encoder is part of what the user trains
         values.pop("head", None)
         values.pop("features", None)
+    method = way.settings.get("method", "full")
+    for section, methods in SECTIONS.items():
+        if method not in methods:
+            values.pop(section, None)
     values["run"], values["trackers"] = run, []
     values["training"] = {**values["training"], "seed": seed}
     found = parse_config(values, source=f"compare ({way.title})")
@@ -79,9 +89,11 @@ def available(base: RunConfig, names: tuple[str, ...]) -> list[tuple[Way, str]]:
             why = "not in this version"
         elif way.name == "vectors" and base.words.vectors is None:
             why = "words.vectors names no file"
+        elif base.task.type == "tagging" and way.name not in (*FOR_TAGS, "cnn"):
+            why = "for one answer a text only"
         elif base.task.type != "classification" and way.name in ("zeroshot", "centroid", "contrastive"):
             why = "for classifications only"
-        elif base.task.type == "regression" and way.name in ("logistic", "tfidf"):
+        elif base.task.type in ("regression", "ordinal") and way.name in ("logistic", "tfidf"):
             why = "for classes only"
         found.append((way, why))
     return found

@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from regraft.engine.compare.rows import fold_of, part_of, write_rows
+from regraft.engine.compare.rows import fold_of, part_of, splits_of, write_rows
 from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import RegraftError
-from regraft.engine.tasks import Task
-from regraft.engine.training.splits import read_splits
+from regraft.engine.tasks import Tagging, Task
 
 LATENCY_TEXTS = 30
 
@@ -36,7 +35,7 @@ def main(path: str) -> int:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
-    task, splits = read_splits(base)
+    task, splits = splits_of(base)
     folder = Path(job["folder"])
     last = job["last"]
     for share, seed in job["points"]:
@@ -75,8 +74,8 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
         kept = _at_most(kept, targets, FEW_SHOT_ROWS, seed)
     rows = train.take(kept)
     held, held_targets = splits.get("test") or splits["dev"]
-    if way.name in ("majority", "tfidf"):
-        return _sparse(way, task, rows, targets[kept], held, held_targets)
+    if way.name == "majority":
+        return _majority(task, rows, targets[kept], held, held_targets)
     here = folder / way.name
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
@@ -104,11 +103,11 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
 def _on_files(config: RunConfig, task: Task, rows: Rows, splits: dict, here: Path) -> RunConfig:
     """The same run over files of just these rows, with the labels of the whole data."""
     columns = {k: str(v) for k, v in config.data.columns.model_dump().items() if v is not None}
-    write_rows(here / "train.jsonl", rows, columns)
+    write_rows(here / "train.jsonl", rows, columns, task)
     names = {"train": str(here / "train.jsonl")}
     for name in ("dev", "test"):
         if name in splits:
-            write_rows(here / f"{name}.jsonl", splits[name][0], columns)
+            write_rows(here / f"{name}.jsonl", splits[name][0], columns, task)
             names[name] = str(here / f"{name}.jsonl")
     values = config.model_dump(mode="json")
     values["data"] |= {
@@ -119,17 +118,18 @@ def _on_files(config: RunConfig, task: Task, rows: Rows, splits: dict, here: Pat
         "encoding": "utf-8",
         "header": True,
     }
-    if task.type != "regression":
+    if isinstance(task, Tagging):
+        values["task"] |= {"labels": list(task.kinds), "tags": task.tags}
+        values["data"]["tag_scheme"] = task.tags
+    elif task.type != "regression":
         values["task"]["labels"] = list(task.labels)
     return parse_config(values, source="compare")
 
 
-def _sparse(
-    way: Way, task: Task, rows: Rows, targets: np.ndarray, held: Rows, held_targets: np.ndarray
-) -> dict[str, Any]:
-    from regraft.engine.compare.sparse import fit_majority, fit_tfidf
+def _majority(task: Task, rows: Rows, targets: np.ndarray, held: Rows, held_targets: np.ndarray) -> dict[str, Any]:
+    from regraft.engine.compare.majority import fit_majority
 
-    fitted = (fit_majority if way.name == "majority" else fit_tfidf)(rows, targets, task)
+    fitted = fit_majority(rows, targets, task)
     metrics = task.metrics()
     metrics.update(fitted.model(held), held_targets)
     times = []

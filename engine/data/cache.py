@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 KEPT_BYTES = 8 << 30  # tokens of some two billion words
@@ -21,23 +22,30 @@ def mark_used(path: Path) -> None:
         os.utime(path)
 
 
-def forget_oldest(folder: Path, pattern: str, kept_bytes: int = KEPT_BYTES) -> list[Path]:
-    """Delete the files that were unused for longest until the rest take at most `kept_bytes`; returns the deleted.
+def forget_oldest(
+    candidates: Iterable[Path], kept_bytes: int = KEPT_BYTES, *, keep: Collection[Path] | None = None
+) -> dict[Path, int]:
+    """Delete the files that were unused for longest until all take at most `kept_bytes`; what was deleted, with its bytes.
 
-    A file that another process is reading stays readable to it until it is closed.
+    Those in `keep` stay (None: the newest, which was just made). A file that another process is reading stays readable
+    to it until it is closed.
     """
     files = []
-    for path in folder.glob(pattern):
+    for path in candidates:
         with contextlib.suppress(OSError):  # another process deleted it meanwhile
             found = path.stat()
             files.append((found.st_mtime_ns, found.st_size, path))
+    files.sort()
+    kept = {path for _, _, path in files[-1:]} if keep is None else keep
     total = sum(size for _, size, _ in files)
-    gone = []
-    for _, size, path in sorted(files)[:-1]:  # the newest is what was just made
+    gone: dict[Path, int] = {}
+    for _, size, path in files:
         if total <= kept_bytes:
             break
+        if path in kept:
+            continue
         with contextlib.suppress(OSError):
             path.unlink()
-            gone.append(path)
+            gone[path] = size
             total -= size
     return gone

@@ -99,7 +99,7 @@ def tokenize(
             {"offsets": store.offsets, "ids": store.ids, "types": store.types},
             {"truncated": store.truncated, "cut_tokens": store.cut_tokens},
         )
-        forget_oldest(path.parent, "*.tokens")
+        forget_oldest(path.parent.glob("*.tokens"))
     except OSError as error:
         log.warning("%s: the tokens cannot be kept there for the next run: %s", path.parent, error)
     return store

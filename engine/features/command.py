@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regraft.engine.config import RunConfig
+    from regraft.engine.data.rows import Rows
 
 COMMANDS = {"list", "verify", "prune"}
 
@@ -19,6 +24,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--to", type=float, metavar="GB", help="prune: delete least recently used shards down to this")
     parser.add_argument("--store", metavar="NAME", help="prune: delete this store")
     parser.add_argument("--clusters", type=int, metavar="K", help="group the training texts and show the nearest rows")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="share the texts among N processes here")
     parser.set_defaults(handler=run)
 
 
@@ -73,10 +79,13 @@ def _prune(args: argparse.Namespace) -> int:
 def _compute(args: argparse.Namespace) -> int:
     from regraft.engine.config import load_config
     from regraft.engine.features.extract import features_of
+    from regraft.engine.features.sources import Source, parts_of
+    from regraft.engine.features.spec import feature_spec
     from regraft.engine.progress import ProgressBar
-    from regraft.engine.training.splits import read_splits
 
     config = load_config(args.what, args.overrides)
+    if args.processes != 1:
+        return _in_processes(args)
     speaks = int(os.environ.get("RANK", "0")) == 0
 
     def say(line: str) -> None:
@@ -84,11 +93,10 @@ def _compute(args: argparse.Namespace) -> int:
             ProgressBar("", 0).say(line)
 
     if args.clusters:
-        from regraft.engine.data.read import read_rows
-
-        parts = {"train": read_rows(config.data, "train", task_type=config.task.type, need_labels=False)}
+        config, texts = _texts(config)
+        parts: dict[str, Source] = {"train": texts}
     else:
-        parts = {name: rows for name, (rows, _) in read_splits(config)[1].items()}
+        parts = {name: part.source for name, part in parts_of(config, *feature_spec(config))[1].items()}
     found = features_of(config, parts, say)
     if speaks:
         for name, rows in found.items():
@@ -96,5 +104,31 @@ def _compute(args: argparse.Namespace) -> int:
     if args.clusters and speaks:
         from regraft.engine.features.clusters import show_clusters
 
-        show_clusters(found["train"], parts["train"], args.clusters, config.training.seed)
+        show_clusters(found["train"], texts, args.clusters, config.training.seed)
     return 0
+
+
+def _in_processes(args: argparse.Namespace) -> int:
+    from regraft.engine.errors import ConfigError
+    from regraft.engine.training.launch import launch
+
+    if args.processes < 1:
+        raise ConfigError(f"--processes {args.processes}: expected at least 1")
+    flags = [x for o in args.overrides for x in ("--set", o)]
+    flags += ["--clusters", str(args.clusters)] if args.clusters else []
+    return launch([args.what, *flags], args.processes, "features")
+
+
+def _texts(config: RunConfig) -> tuple[RunConfig, Rows]:
+    """The training texts, labelled or not, and the run with features of whole texts, as groups are made of."""
+    from dataclasses import replace
+
+    from regraft.engine.tasks import Task, task_class
+
+    kind, data = task_class(config.task.type), config.data
+    rows = kind.read(data.train, data, split="train", need_labels=False, limit=data.limit)
+    if kind.examples is not Task.examples:  # what stands beside a text, and its labels, are of parts of it
+        rows = replace(rows, pairs=None, labels=None)
+    if config.features.pooling != "auto":
+        return config, rows
+    return config.model_copy(update={"features": config.features.model_copy(update={"pooling": "mean"})}), rows

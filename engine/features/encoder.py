@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class GraftedEncoder(nn.Module):
     """An encoder cut off above the highest layer asked for, and a head over what it gives.
 
-    `head` takes pooled rows [B, J, H], or for pooling 'none' cells [B, L, J, H] with `lengths` [B]. Without one the
-    features themselves come out: [B, J * H], or [T, J * H].
+    `head` takes pooled rows [B, J, H], or for pooling 'none' cells [B, L, J, H] with `lengths` [B]; one that judges tokens
+    gives logits [1, T, C] packed, [B, L, C] padded. Without one the features themselves come out: [B, J * H], or
+    [T, J * H].
     """
 
     base_model_prefix = "backbone"
@@ -48,7 +49,9 @@ class GraftedEncoder(nn.Module):
         self.head = head
         self.bare = head is None  # features come out, whether there is a head or not
         self._seen: list[Tensor] = []
-        self._hooked = self._hook()
+        # What comes out last is read where it comes out; lower layers where they pass.
+        self._last_alone = self.depth > 0 and self.layers == (self.depth,)
+        self._hooked = not self._last_alone and self._hook()
 
     @property
     def config(self) -> Any:
@@ -81,6 +84,8 @@ class GraftedEncoder(nn.Module):
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Hidden states of the chosen layers. Shape: [1, T, J, H] packed, [B, L, J, H] padded."""
+        if self._last_alone:
+            return self.backbone(**inputs).last_hidden_state[:, :, None].float()
         self._seen.clear()
         if self._hooked:
             output = self.backbone(**inputs)
@@ -104,6 +109,10 @@ class GraftedEncoder(nn.Module):
                 return rows.index_select(0, layout.starts)
             if pooling == "mean":
                 return layout.means(rows.flatten(1)).unflatten(1, rows.shape[1:])
+            if not hasattr(layout, "pad_index"):  # not a graph that is being exported
+                from regraft.kernels.pooling import segment_pool  # brings Triton along
+
+                return segment_pool(rows.flatten(1), layout.cu_seqlens, "max").unflatten(1, rows.shape[1:])
             cells, lengths = to_cells(rows, layout)
         elif pooling == "first":
             return hidden[:, 0]
@@ -118,9 +127,15 @@ class GraftedEncoder(nn.Module):
         if head is None:
             rows = hidden[0] if mask is None else hidden[mask.bool()]
             return rows.flatten(1)
-        if mask is None:
-            return head(*to_cells(hidden[0], self.regraft_state.layout))
-        return head(hidden, mask.sum(dim=1))
+        some: Any = head
+        x = some.combined(hidden)
+        if not some.reads_tokens:
+            return some.judged(x)  # each token alone
+        if mask is not None:
+            return some.judged(x, mask.sum(dim=1))
+        layout = self.regraft_state.layout
+        logits = some.judged(*to_cells(x[0], layout))
+        return to_rows(logits, layout)[None] if some.gives_tokens else logits
 
     def _hook(self) -> bool:
         # Where the layers stand in one list: its first layer's input is layer 0, each output the next one.
@@ -149,11 +164,28 @@ def to_cells(rows: Tensor, layout: Any) -> tuple[Tensor, Tensor]:
     if hasattr(layout, "pad_index"):  # a graph that is being exported is given the index
         index, lengths = layout.pad_index, layout.lengths
     else:
-        lengths = torch.as_tensor(layout.lengths, device=rows.device)
-        at = torch.arange(int(max(layout.lengths)), device=rows.device)
+        lengths = layout.cu_seqlens.long().diff()
+        at = torch.arange(_longest(layout), device=rows.device)
         index = torch.where(at[None] < lengths[:, None], layout.starts[:, None] + at[None], 0)
     cells = rows.index_select(0, index.flatten())
     return cells.view(*index.shape, *rows.shape[1:]), lengths
+
+
+def to_rows(cells: Tensor, layout: Any) -> Tensor:
+    """Cells [B, L, ...] of a packed batch as its rows again, [T, ...]."""
+    if hasattr(layout, "pad_index"):
+        index = layout.token_index
+    else:
+        starts, lengths = layout.starts, layout.cu_seqlens.long().diff()
+        sequence = torch.arange(len(lengths), device=cells.device)
+        owner = torch.repeat_interleave(sequence, lengths, output_size=layout.tokens)
+        index = owner * cells.shape[1] + torch.arange(layout.tokens, device=cells.device) - starts[owner]
+    return cells.flatten(0, 1).index_select(0, index)
+
+
+def _longest(layout: Any) -> int:
+    # Known on the host by either kind of layout: asking the device would hold it up.
+    return int(layout.longest if hasattr(layout, "longest") else max(layout.lengths))
 
 
 def inside_of(cells: Tensor, lengths: Tensor) -> Tensor:
@@ -186,11 +218,14 @@ def load_backbone(folder: Path) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def running_encoder(model: GraftedEncoder, pad_token_id: int, *, packing: str, kernels: str) -> RunningModel:
-    """The encoder set up to run packed where it can, with the fast forwards bound."""
+def running_encoder(
+    model: GraftedEncoder, pad_token_id: int, *, packing: str, kernels: str, reads: str = "first"
+) -> RunningModel:
+    """The encoder set up to run packed where it can, with the fast forwards bound. `reads`: 'tokens' where its head judges
+    each token, else 'first'."""
     from regraft.engine.models import RunningModel
 
-    running = RunningModel(model, pad_token_id=pad_token_id)
+    running = RunningModel(model, pad_token_id=pad_token_id, reads=reads)
     running.to("cuda" if torch.cuda.is_available() else "cpu")
     running.eval()
     if packing == "auto":

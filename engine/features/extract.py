@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,13 @@ import numpy as np
 
 from regraft.engine.config import RunConfig
 from regraft.engine.data.fast_tokenizer import FastTokenizer
-from regraft.engine.data.rows import Rows
+from regraft.engine.data.tokens import TokenStore, encode
 from regraft.engine.errors import StoreError
 from regraft.engine.features.rows import FeatureRows
 from regraft.engine.features.shard import write_shard
+from regraft.engine.features.sources import Source, Sources, keys_of
 from regraft.engine.features.spec import FeatureSpec, feature_spec, model_folder
-from regraft.engine.features.store import FeatureStore, row_keys, store_root
+from regraft.engine.features.store import FeatureStore, store_root
 from regraft.engine.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -53,14 +54,16 @@ def processes() -> Processes:
     return Processes(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
-def features_of(config: RunConfig, splits: dict[str, Rows], say: Say, *, shown: bool = True) -> dict[str, FeatureRows]:
-    """Features of every split: what the store has is read, what it lacks is computed first, each text once.
+def features_of(
+    config: RunConfig, splits: Mapping[str, Source], say: Say, *, shown: bool = True
+) -> dict[str, FeatureRows]:
+    """Features of every split: what the store has is read, what it lacks is computed first, each text or sequence once.
 
     Raises StoreError; every shard finished before it is kept.
     """
     spec, tokenizer = feature_spec(config)
     store = FeatureStore(store_root(config.features.store), spec)
-    keys = {name: row_keys(rows) for name, rows in splits.items()}
+    keys = {name: keys_of(source) for name, source in splits.items()}
     everyone = processes()
     whole = np.concatenate(list(keys.values()))
     lacking = len(store.missing(whole))
@@ -72,8 +75,9 @@ def features_of(config: RunConfig, splits: dict[str, Rows], say: Say, *, shown: 
             store.refresh()
             missing = store.missing(whole)
             everyone.wait()  # every process has seen the same rows missing before the first one writes
-            mine = np.array_split(missing, everyone.count)[everyone.rank]
-            _compute(config, spec, tokenizer, store, _joined(list(splits.values())), whole, mine, everyone, say, shown)
+            sources = Sources(list(splits.values()))
+            mine = _share(missing, sources, everyone)
+            _compute(config, spec, tokenizer, store, sources, whole, mine, everyone, say, shown)
             everyone.wait()
         store.refresh()
     found = {name: FeatureRows(store, store.find(k)) for name, k in keys.items()}
@@ -98,11 +102,13 @@ def features_of(config: RunConfig, splits: dict[str, Rows], say: Say, *, shown: 
     return found
 
 
-def _joined(splits: list[Rows]) -> tuple[list[str], list[str] | None]:
-    texts = [text for rows in splits for text in rows.texts]
-    if splits[0].pairs is None:
-        return texts, None
-    return texts, [pair for rows in splits for pair in rows.pairs or ()]
+def _share(rows: np.ndarray, sources: Sources, everyone: Processes) -> np.ndarray:
+    """This process's rows: a piece in order that holds about as much text as the others', so that they finish together."""
+    if everyone.count == 1 or not len(rows):
+        return rows
+    ends = np.cumsum(sources.sizes()[rows] + 1)
+    bounds = np.searchsorted(ends, ends[-1] * np.arange(1, everyone.count) / everyone.count)
+    return np.split(rows, bounds)[everyone.rank]
 
 
 def _compute(
@@ -110,7 +116,7 @@ def _compute(
     spec: FeatureSpec,
     tokenizer: FastTokenizer,
     store: FeatureStore,
-    texts: tuple[list[str], list[str] | None],
+    sources: Sources,
     keys: np.ndarray,
     mine: np.ndarray,
     everyone: Processes,
@@ -126,9 +132,7 @@ def _compute(
     with ProgressBar("features", len(mine), shown=shown and everyone.rank == 0) as bar:
         for rows in _windows(mine, spec, rate):
             began = time.perf_counter()
-            lengths, features = encoder(
-                [texts[0][r] for r in rows], None if texts[1] is None else [texts[1][r] for r in rows]
-            )
+            lengths, features = encoder.of(sources.tokens(rows, tokenizer, spec.max_length))
             try:
                 pooled = spec.pooling != "none"
                 write_shard(store.folder, keys[rows], lengths, features, precision=spec.precision, pooled=pooled)
@@ -206,15 +210,17 @@ class Encoder:
 
     def __call__(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, torch.Tensor]:
         """Token counts [N] and features: [N, J, H], or [T, J, H] of all tokens in the order of the texts."""
+        return self.of(encode(texts, pairs, self.tokenizer, self.spec.max_length))
+
+    def of(self, tokens: TokenStore) -> tuple[np.ndarray, torch.Tensor]:
+        """The same of sequences of tokens."""
         import torch
 
         from regraft.engine.batches import by_length, collate
-        from regraft.engine.data.tokens import encode
 
-        tokens = encode(texts, pairs, self.tokenizer, self.spec.max_length)
         pooled = self.spec.pooling != "none"
         device: Any = next(self.running.parameters()).device
-        rows = len(texts) if pooled else len(tokens.ids)
+        rows = len(tokens) if pooled else len(tokens.ids)
         features = torch.empty(rows, len(self.spec.layers), self.spec.hidden)
         with torch.inference_mode():
             for batch in by_length(tokens.lengths, GPU_TOKENS if device.type == "cuda" else CPU_TOKENS):

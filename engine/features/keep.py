@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regraft.engine.data.cache import forget_oldest
 from regraft.engine.errors import StoreError, nearest
 from regraft.engine.features.shard import open_shard
 
@@ -76,24 +77,12 @@ def verify(root: Path, *, delete: bool = False) -> list[str]:
 def prune(root: Path, limit: int, *, keep: Collection[Path] = ()) -> tuple[int, int]:
     """Delete the least recently used shards until all stores together take at most `limit` bytes; (shards, bytes)
     deleted. Shards in `keep` stay. A process that has a deleted shard mapped can go on reading it."""
-    files = []
-    for store in stores(root):
-        for file in _shards(store.folder):
-            with contextlib.suppress(FileNotFoundError):
-                stat = file.stat()
-                files.append((stat.st_mtime, stat.st_size, file))
-    total = sum(size for _, size, _ in files)
-    count = freed = 0
-    for _, size, file in sorted(files, key=lambda item: item[0]):
-        if total - freed <= limit:
-            break
-        if file not in keep:
-            file.unlink(missing_ok=True)
-            count, freed = count + 1, freed + size
+    shards = [file for store in stores(root) for file in _shards(store.folder)]
+    gone = forget_oldest(shards, limit, keep=keep)
     for store in stores(root):
         if not store.shards and not keep:
             shutil.rmtree(store.folder, ignore_errors=True)
-    return count, freed
+    return len(gone), sum(gone.values())
 
 
 def remove(root: Path, name: str) -> None:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FeatureBatch:
-    """Features of B rows in fp32. Shape: [B, J, H]; of token features [T, J, H], `lengths` [B] telling whose."""
+    """Features of B rows in fp32. Shape: [B, J, H]; of token features [T, J, H] or, combined, [T, H], `lengths` [B] telling
+    whose."""
 
     features: Tensor
     lengths: Tensor | None = None
@@ -28,7 +29,7 @@ class FeatureBatch:
         return FeatureBatch(self.features.to(device, non_blocking=True), lengths)
 
     def cells(self) -> tuple[Tensor, Tensor]:
-        """Token features as [B, L, J, H] with zeros behind each text's end, and lengths [B]."""
+        """Token features as [B, L, ...] with zeros behind each text's end, and lengths [B]."""
         import torch
 
         assert self.lengths is not None
@@ -58,6 +59,11 @@ class FeatureRows:
             mine = self.where[:, 0] == number
             found[mine] = self.store.shards[number].array("lengths")[self.where[mine, 1]]
         return found
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """Where each text's tokens begin when all stand one after the other, [N + 1] int64."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @cached_property
     def shards(self) -> list[int]:

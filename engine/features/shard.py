@@ -12,7 +12,6 @@ and it knows bf16. The header's metadata holds each array's CRC-32.
 from __future__ import annotations
 
 import json
-import os
 import uuid
 import zlib
 from dataclasses import dataclass, field
@@ -154,14 +153,6 @@ def restored(features: torch.Tensor, scales: torch.Tensor | None) -> torch.Tenso
     """Kept rows as fp32."""
     rows = features.float()
     return rows if scales is None else rows.mul_(scales[..., None])
-
-
-def touch(path: Path) -> None:
-    """Mark as used now: a shard's time of change is its place in the queue for deletion."""
-    try:
-        os.utime(path)
-    except OSError:
-        return  # read-only, or deleted by another process that keeps to a disk limit
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

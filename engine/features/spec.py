@@ -14,6 +14,8 @@ from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenize
 from regraft.engine.errors import ConfigError, ModelError
 from regraft.engine.files import write_text
 from regraft.engine.pretrained import position_limit, resolve
+from regraft.engine.tasks import task_class
+from regraft.engine.tasks.base import FIRST
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "encoder_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "d_model", "n_embd")
@@ -69,7 +71,7 @@ def feature_spec(config: RunConfig) -> tuple[FeatureSpec, FastTokenizer]:
         )
     pooling = features.pooling
     if pooling == "auto":
-        pooling = "none" if config.head.reads_tokens else "mean"
+        pooling = "none" if config.head.reads_tokens or task_class(config.task.type).reads != FIRST else "mean"
     spec = FeatureSpec(
         model=config.model.name,
         weights=weights_hash(folder),

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from regraft.engine.data.cache import cache_folder
+from regraft.engine.data.cache import cache_folder, mark_used
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import StoreError
-from regraft.engine.features.shard import FORMAT, Shard, open_shard, touch
+from regraft.engine.features.shard import FORMAT, Shard, open_shard
 from regraft.engine.features.spec import FeatureSpec
 from regraft.engine.files import remove_leftovers, write_text
 
@@ -121,7 +121,7 @@ class FeatureStore:
     def used(self, shards: Sequence[int]) -> None:
         """Put these shards at the end of the queue for deletion."""
         for number in shards:
-            touch(self.shards[number].path)
+            mark_used(self.shards[number].path)
 
 
 def check_format(folder: Path) -> None:

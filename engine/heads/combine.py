@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+EPS = 1e-5  # of the normalisation of a layer, as torch has it
+
 
 class ScalarMix(nn.Module):
     """gamma * sum_j softmax(w)_j h_j, each h_j layer-normalised first if `layer_norm`. Shape: [..., J, H] -> [..., H].
@@ -19,9 +21,19 @@ class ScalarMix(nn.Module):
         self.layer_norm, self.penalty = layer_norm, penalty
 
     def forward(self, hidden: Tensor) -> Tensor:
+        if hidden.is_cuda and not torch.compiler.is_exporting():  # on a CPU one small product is as fast
+            return self.by_kernel(hidden)
         if self.layer_norm:
-            hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:])
+            hidden = nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=EPS)
         return self.gamma * torch.einsum("...jh,j->...h", hidden, torch.softmax(self.weights, dim=0))
+
+    def by_kernel(self, hidden: Tensor) -> Tensor:
+        """The same in one pass over the layers as they lie, forward and backward."""
+        from regraft.kernels.mix import scalar_mix
+
+        layers = hidden.flatten(0, -3).unbind(1)
+        mixed = scalar_mix(layers, self.weights, self.gamma, normalise=self.layer_norm, eps=EPS)
+        return mixed.view(*hidden.shape[:-2], hidden.shape[-1])
 
     def shares(self) -> list[float]:
         """Weight of each layer after the softmax."""

@@ -64,7 +64,7 @@ def pair_loss(rows: Tensor, targets: Tensor) -> Tensor:
 class PairStepper(Stepper):
     """One step over all pairs of its rows. With several processes, over the pairs within each one's share."""
 
-    def _gradients(self, step: int, rows: np.ndarray) -> float:
+    def _gradients(self, step: int, rows: np.ndarray) -> Tensor:
         accelerator = self.accelerator
         mine = rows[
             share_by_tokens(self.examples.store.lengths[rows], accelerator.num_processes)[accelerator.process_index]
@@ -78,7 +78,7 @@ class PairStepper(Stepper):
         lost = loss.detach().double().cpu()
         if accelerator.num_processes > 1:
             lost = accelerator.reduce(lost.to(accelerator.device), reduction="mean").cpu()
-        return float(lost)
+        return lost
 
 
 class ContrastiveRun(_Run):

@@ -27,18 +27,21 @@ def fit(head: Head, features: Tensor, targets: np.ndarray, weights: np.ndarray, 
         return
     # Rows of length about 1, as sentence embeddings are: `c` then means the same for every width.
     scale = 1 / np.sqrt(x.shape[1])
-    x = x * np.float32(scale)
-    if task.type == "multilabel":
-        parts = [_binary(x, targets[:, c], weights, config) for c in range(task.outputs)]
-        weight, bias = torch.stack([w for w, _ in parts]), torch.stack([b for _, b in parts])
-    else:
-        weight, bias = _classes(x, targets, weights, task, config)
+    weight, bias = solve_rows(x * np.float32(scale), targets, weights, task, config)
     head.set_linear(weight * scale, bias)
 
 
-def _classes(
-    x: np.ndarray, targets: np.ndarray, weights: np.ndarray, task: Task, config: HeadConfig
+def solve_rows(
+    x: Any, targets: np.ndarray, weights: np.ndarray, task: Task, config: HeadConfig
 ) -> tuple[Tensor, Tensor]:
+    """Weight [C, H] and bias [C] of a linear layer over rows [N, H], an array or a sparse matrix."""
+    if task.type != "multilabel":
+        return _classes(x, targets, weights, task, config)
+    parts = [_binary(x, targets[:, c], weights, config) for c in range(task.outputs)]
+    return torch.stack([w for w, _ in parts]), torch.stack([b for _, b in parts])
+
+
+def _classes(x: Any, targets: np.ndarray, weights: np.ndarray, task: Task, config: HeadConfig) -> tuple[Tensor, Tensor]:
     present = np.unique(targets)
     if len(present) == 2:
         w, b = _binary(x, targets == present[1], weights, config)
@@ -52,7 +55,7 @@ def _classes(
     return weight, whole
 
 
-def _binary(x: np.ndarray, positive: np.ndarray, weights: np.ndarray, config: HeadConfig) -> tuple[Tensor, Tensor]:
+def _binary(x: Any, positive: np.ndarray, weights: np.ndarray, config: HeadConfig) -> tuple[Tensor, Tensor]:
     positive = positive.astype(bool)
     if positive.all() or not positive.any():
         return torch.zeros(x.shape[1]), torch.tensor(100.0 if positive.all() else -100.0)

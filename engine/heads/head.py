@@ -1,7 +1,8 @@
-"""A whole head: standardise, combine the layers, a body, dropout, one linear layer to the logits."""
+"""A whole head: standardise, combine the layers, a body, dropout, one linear layer to the logits of a text or of each token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +14,18 @@ from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions, 
 from regraft.engine.heads.combine import Concatenation, ScalarMix, Standardise
 from regraft.engine.heads.settings import HeadConfig
 
-FITTED = frozenset({"logistic", "svm", "centroid", "zeroshot"})  # solved at once, then linear
 ON_THE_SPHERE = frozenset({"centroid", "zeroshot"})  # compare directions
 
 
 @dataclass(frozen=True)
 class HeadShape:
-    """What a head is built from. `layers` features of `hidden` a row or token; `outputs` logits."""
+    """What a head is built from. `layers` features of `hidden` a row or token; `outputs` logits; `tokens`: of each token."""
 
     layers: int
     hidden: int
     outputs: int
     settings: dict[str, Any]
+    tokens: bool = False
 
     def spec(self) -> dict[str, Any]:
         """JSON for a model folder."""
@@ -32,7 +33,10 @@ class HeadShape:
 
 
 class Head(nn.Module):
-    """Logits [B, C] from pooled rows [B, J, H], or from cells [B, L, J, H] with lengths [B]."""
+    """Logits [B, C] from pooled rows [B, J, H], or from cells [B, L, J, H] with lengths [B].
+
+    Of tokens (`gives_tokens`): [B, L, C] from cells, or [..., C] from [..., J, H] where each token is judged alone.
+    """
 
     # As transformers' models say it: nothing in here is a backbone's, and no layer has a rate of its own.
     base_model_prefix = "backbone"
@@ -41,7 +45,8 @@ class Head(nn.Module):
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         config = HeadConfig.model_validate(shape.settings)
-        self.shape, self.kind, self.reads_tokens = shape, config.type, config.reads_tokens
+        self.shape, self.kind = shape, config.type
+        self.reads_tokens, self.gives_tokens = config.reads_tokens, shape.tokens
         self.standardise = Standardise(shape.layers, shape.hidden)
         several = shape.layers > 1
         if several and config.mix == "scalar":
@@ -66,9 +71,13 @@ class Head(nn.Module):
         return None
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:
-        x = self.combined(features)
+        return self.judged(self.combined(features), lengths)
+
+    def judged(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Logits from combined features: pooled rows [B, H], cells [B, L, H] with lengths, or tokens [..., H]."""
         if self.reads_tokens:
-            x = self.body(x, lengths)  # type: ignore[misc]
+            body: Any = self.body
+            x = body.states(x, lengths) if self.gives_tokens else body(x, lengths)
         elif self.body is not None:
             x = self.body(x)
         return self.logits(self.dropout(x))
@@ -81,6 +90,13 @@ class Head(nn.Module):
     @property
     def mix(self) -> ScalarMix | None:
         return self.combine if isinstance(self.combine, ScalarMix) else None
+
+    def findings(self, layers: Sequence[int]) -> dict[str, Any]:
+        """The learned weights of the layers, by their numbers, for the report; empty where none were mixed."""
+        if self.mix is None:
+            return {}
+        shares = [{"layer": n, "weight": w} for n, w in zip(layers, self.mix.shares(), strict=True)]
+        return {"layer_weights": {"gamma": float(self.mix.gamma.detach()), "layers": shares}}
 
     @torch.no_grad()
     def start_at(self, scale: tuple[float, float] | None) -> None:
@@ -96,5 +112,5 @@ class Head(nn.Module):
         self.logits.bias.copy_(bias)
 
 
-def build_head(config: HeadConfig, layers: int, hidden: int, outputs: int) -> Head:
-    return Head(HeadShape(layers, hidden, outputs, config.model_dump(mode="json")))
+def build_head(config: HeadConfig, layers: int, hidden: int, outputs: int, *, tokens: bool = False) -> Head:
+    return Head(HeadShape(layers, hidden, outputs, config.model_dump(mode="json"), tokens))

@@ -30,7 +30,8 @@ def load_head(path: Path, spec: dict[str, Any]) -> Head:
 
     head = Head(HeadShape(**spec))
     try:
-        head.load_state_dict(load_file(path))
+        # The scores of a CRF are in the task.
+        head.load_state_dict({k: v for k, v in load_file(path).items() if not k.startswith("crf.")})
     except (OSError, RuntimeError) as error:
         raise ModelError(f"{path}: cannot be read as the head that regraft.json describes: {error}") from None
     return head.eval()
@@ -56,6 +57,7 @@ def load_grafted(folder: Path, facts: dict[str, Any], *, packing: str) -> Traine
     from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
     from regraft.engine.methods.adapt import Adaptation
     from regraft.engine.tasks import task_from_spec
+    from regraft.engine.tasks.base import FIRST, TOKENS
     from regraft.engine.trained import Trained
 
     about = facts["features"]
@@ -64,10 +66,13 @@ def load_grafted(folder: Path, facts: dict[str, Any], *, packing: str) -> Traine
     grafted = GraftedEncoder(
         load_backbone(folder), about["layers"], about["pooling"], normalise=about["normalise"], head=head
     )
-    running = running_encoder(grafted, tokenizer.pad_token_id, packing=packing, kernels=packing)
+    task = task_from_spec(facts["task"])
+    running = running_encoder(
+        grafted, tokenizer.pad_token_id, packing=packing, kernels=packing, reads=TOKENS if head.gives_tokens else FIRST
+    )
     return Trained(
         folder,
-        task_from_spec(facts["task"]),
+        task,
         tokenizer,
         facts["max_length"],
         DataConfig.model_validate(facts["data"]),

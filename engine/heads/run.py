@@ -13,19 +13,22 @@ from regraft.engine.config import TrainingConfig
 from regraft.engine.data.rows import Rows
 from regraft.engine.features.extract import features_of
 from regraft.engine.features.rows import FeatureRows
+from regraft.engine.features.sources import parts_of
 from regraft.engine.features.spec import feature_spec, model_folder
 from regraft.engine.heads.adamw import FusedAdamW
+from regraft.engine.heads.fits import check_head
 from regraft.engine.heads.fitted import describe, fit
-from regraft.engine.heads.head import FITTED, ON_THE_SPHERE, Head, build_head
+from regraft.engine.heads.head import ON_THE_SPHERE, Head, build_head
 from regraft.engine.heads.local import LocalProcess
-from regraft.engine.heads.model import load_head, save_grafted, save_head
+from regraft.engine.heads.model import save_grafted, save_head
 from regraft.engine.heads.order import RANDOM_BELOW
-from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan, examples_of
+from regraft.engine.heads.settings import SOLVED
+from regraft.engine.heads.step import FeatureHead, HeadStepper, block_plan
+from regraft.engine.tasks.base import TOKENS
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer, parameter_groups
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import StepInfo, _Run
 from regraft.engine.training.setup import Prepared, set_threads
-from regraft.engine.training.splits import read_splits
 
 STANDARDISED_ON = 4096  # rows
 CELLS = 65_536  # tokens of one micro-batch of token features
@@ -37,28 +40,20 @@ class FrozenRun(_Run):
     def prepare(self) -> None:
         config = self.config
         self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
-        task, parts = read_splits(config)
-        rows = {name: part[0] for name, part in parts.items()}
+        self.spec, tokenizer = feature_spec(config)
+        task, parts = parts_of(config, self.spec, tokenizer)
+        check_head(config.head.type, config.task.type, task.reads)
+        sources = {name: part.source for name, part in parts.items()}
         if config.head.type == "zeroshot":
             texts = [config.head.descriptions.get(label, label.replace("_", " ")) for label in task.labels]
-            rows["labels"] = Rows("labels", "head.descriptions", texts, None, np.arange(len(texts)))
-        found = features_of(config, rows, self.say, shown=self.speaks)
+            sources["labels"] = Rows("labels", "head.descriptions", texts, None, np.arange(len(texts)))
+        found = features_of(config, sources, self.say, shown=self.speaks)
         self.descriptions = found.pop("labels", None)
-        self.spec, tokenizer = feature_spec(config)
-        notes = {
-            name: {
-                "path": part[0].path,
-                "rows": len(part[0]),
-                "dropped": dict(part[0].dropped),
-                "tokens": int(found[name].lengths.sum()),
-                "labels": task.label_counts(part[1]),
-            }
-            for name, part in parts.items()
-        }
-        splits = {name: examples_of(task, part[0], found[name], part[1]) for name, part in parts.items()}
+        splits = {name: part.learned(found[name]) for name, part in parts.items()}
+        notes = {name: part.note | {"tokens": int(found[name].lengths.sum())} for name, part in parts.items()}
         self.data = Prepared(task, tokenizer, self.spec.max_length, splits, notes)
         self.threads = set_threads(config)
-        if config.training.threads is None and not config.head.reads_tokens:
+        if config.training.threads is None and self.spec.pooling != "none":
             torch.set_num_threads(1)  # 32 rows of a few hundred numbers: sharing them out costs more than it brings
         self.precision = "fp32"
 
@@ -67,15 +62,18 @@ class FrozenRun(_Run):
         features: FeatureRows = train.store  # type: ignore[assignment]
         self.accelerator = accelerator_for(self.config)
         torch.manual_seed(training.seed)
-        head = build_head(self.config.head, len(self.spec.layers), self.spec.hidden, self.data.task.outputs)
-        self.fitted = self.config.head.type in FITTED
-        head.start_at(self.data.task.scale)
+        task = self.data.task
+        tokens = task.reads == TOKENS
+        head = build_head(self.config.head, len(self.spec.layers), self.spec.hidden, task.outputs, tokens=tokens)
+        self.fitted = self.config.head.type in SOLVED
+        head.start_at(task.scale)
+        task.attach(head)
         self.fit_scale(head, features)
         self.head = head
         self.running = FeatureHead(head).to(self.accelerator.device)  # type: ignore[assignment]
         limit = 1 if self.fitted else training.max_steps
-        self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, limit)
-        if features.bytes > RANDOM_BELOW:
+        self.plan = Plan(len(train), training.batch_size, training.seed, training.epochs, limit)
+        if features.bytes > RANDOM_BELOW and train.groups is None:
             self.plan = block_plan(self.plan, features)
         self.optimizer = head_optimizer(head, training)
         self.parameters = list(head.parameters())
@@ -85,10 +83,10 @@ class FrozenRun(_Run):
             model=self.accelerator.prepare_model(self.running),
             optimizer=self.optimizer,
             parameters=self.parameters,
-            task=self.data.task,
+            task=task,
             examples=train,
             seed=training.seed,
-            token_budget=CELLS if head.reads_tokens else 1 << 40,
+            token_budget=1 << 40 if features.pooled else CELLS,
             max_grad_norm=training.max_grad_norm,
             mix=head.mix,
         )
@@ -104,7 +102,7 @@ class FrozenRun(_Run):
         some = np.arange(len(features))
         if len(some) > STANDARDISED_ON:
             some = np.sort(draw.choice(len(some), STANDARDISED_ON, replace=False))
-        if head.reads_tokens:
+        if not features.pooled:
             some = some[: max(1, int(STANDARDISED_ON * 16 / max(1.0, float(features.lengths.mean()))))]
         head.standardise.fit(features.batch(some).features)
 
@@ -142,8 +140,10 @@ class FrozenRun(_Run):
             save_head(self.folder / "best-head.safetensors", self.head)
 
     def load_best(self) -> None:
+        from safetensors.torch import load_file
+
         file = self.folder / "best-head.safetensors"
-        self.head.load_state_dict(load_head(file, self.head.shape.spec()).state_dict())
+        self.head.load_state_dict(load_file(file))
         if self.accelerator.is_main_process:
             save_grafted(self.folder / "best", model_folder(self.config), file, self.facts())
         self.accelerator.wait_for_everyone()
@@ -163,11 +163,7 @@ class FrozenRun(_Run):
         }
 
     def findings(self) -> dict[str, Any]:
-        mix = self.head.mix
-        if mix is None:
-            return {}
-        shares = [{"layer": n, "weight": w} for n, w in zip(self.spec.layers, mix.shares(), strict=True)]
-        return {"layer_weights": {"gamma": float(mix.gamma.detach()), "layers": shares}}
+        return self.head.findings(self.spec.layers)
 
 
 def head_optimizer(head: torch.nn.Module, training: TrainingConfig) -> Any:

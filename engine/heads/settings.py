@@ -26,6 +26,7 @@ class FeaturesConfig(Section):
     limit_gb: float | None = Field(None, gt=0, description="least recently used shards are deleted beyond this")
 
 
+SOLVED = frozenset({"logistic", "svm", "centroid", "zeroshot"})  # at once, then they are linear
 TOKEN_HEADS = frozenset({"attention", "bilstm", "cnn"})
 
 
@@ -58,14 +59,40 @@ class WordsConfig(Section):
     )
     dimension: int = Field(100, ge=1, description="scratch: width of the embedding")
     min_count: int = Field(2, ge=1, description="scratch: words seen less often in training are unknown")
+    ngrams: int | None = Field(
+        None, ge=1, le=3, description="tfidf, onehot: longest run that is counted; null: 2 words, or 3 characters"
+    )
     max_words: int = Field(50_000, ge=10, description="largest vocabulary")
 
 
 WORD_METHODS = ("vectors", "scratch")
-# What training is set to, where the run does not say, when there is no pretrained encoder to be careful with.
-HEAD_ONLY: dict[str, dict[str, Any]] = {
-    "frozen": {"learning_rate": 1e-3, "epochs": 20},
-    "contrastive": {"learning_rate": 5e-5, "epochs": 20},
-    "vectors": {"learning_rate": 1e-3, "epochs": 8},
-    "scratch": {"learning_rate": 1e-3, "epochs": 8},
+BAG_METHODS = ("tfidf", "onehot")
+# Heads of ours that take the place of transformers' own, trained end to end with the encoder, and by which methods.
+LIVE_HEADS = frozenset({"mlp", "attention", "bilstm", "cnn"})
+LIVE_METHODS = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter")
+# What sections are set to, where the run does not say, when there is no pretrained encoder to be careful with.
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "frozen": {"training": {"learning_rate": 1e-3, "epochs": 20}},
+    "contrastive": {"training": {"learning_rate": 5e-5, "epochs": 20}, "head": {"type": "logistic"}},
+    "vectors": {"training": {"learning_rate": 1e-3, "epochs": 8}, "head": {"type": "bilstm", "dropout": 0.3}},
+    "scratch": {"training": {"learning_rate": 1e-3, "epochs": 8}, "head": {"type": "bilstm", "dropout": 0.3}},
+    "tfidf": {"head": {"type": "logistic", "c": 10.0}},
+    "onehot": {"head": {"type": "logistic"}},
 }
+FRESH_HEAD_RATE = 1e-3  # a body of ours is drawn at random: at the encoder's rate it would hardly learn
+
+
+def method_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """A run's sections as given, with what its method and head set where nothing is said."""
+    method, head = values.get("method", "full"), values.get("head")
+    own = dict(DEFAULTS.get(method, {})) if isinstance(method, str) else {}
+    training = own.pop("training", {})
+    if method in LIVE_METHODS and isinstance(head, dict) and head.get("type") in LIVE_HEADS:
+        training = {"head_learning_rate": FRESH_HEAD_RATE}
+    if training and isinstance(values.get("training", {}), dict):
+        values = {**values, "training": training | values.get("training", {})}
+    values = own | values
+    model = values.get("model", {})
+    if method in (*WORD_METHODS, *BAG_METHODS) and isinstance(model, dict):
+        values = {**values, "model": {"name": "none"} | model}
+    return values

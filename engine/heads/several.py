@@ -41,13 +41,15 @@ def load_several(models: Sequence[str | Path]) -> Trained:
     from regraft.engine.config import DataConfig
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
     from regraft.engine.methods.adapt import Adaptation
+    from regraft.engine.methods.settings import ADAPTERS
     from regraft.engine.tasks import task_from_spec
+    from regraft.engine.tasks.base import FIRST
     from regraft.engine.tasks.several import Several
 
     folders = [find_trained(model) for model in models]
     facts = [read_facts(folder) for folder in folders]
     for folder, about in zip(folders, facts, strict=True):
-        if "head" not in about or "features" not in about:
+        if "head" not in about or "features" not in about or about.get("method") in ADAPTERS:
             raise ExportError(
                 f"{folder}: method {about.get('method')!r}; only heads on a frozen encoder can share one (method: frozen)"
             )
@@ -69,10 +71,17 @@ def load_several(models: Sequence[str | Path]) -> Trained:
             raise ExportError(
                 f"{folder}: not the same {' and '.join(differs)} as {first}; export it to a bundle of its own"
             )
+    tasks = {name: task_from_spec(about["task"]) for name, about in zip(names, facts, strict=True)}
+    for name, task in tasks.items():
+        if task.reads != FIRST:
+            raise ExportError(
+                f"{name}: a {task.type} head answers each token, and one bundle of several heads gives one answer a text each; "
+                "export it to a bundle of its own"
+            )
     heads = [load_head(folder / HEAD_FILE, about["head"]) for folder, about in zip(folders, facts, strict=True)]
     model = ManyHeads(load_backbone(first), heads, [about["features"] for about in facts])
     running = running_encoder(model, tokenizer.pad_token_id, packing="auto", kernels="auto")
-    task = Several({name: task_from_spec(about["task"]) for name, about in zip(names, facts, strict=True)})
+    task = Several(tasks)
     data = DataConfig.model_validate(facts[0]["data"])
     whole = {**facts[0], "method": "frozen", "heads": names}
     return Trained(first, task, tokenizer, facts[0]["max_length"], data, whole, running, Adaptation("frozen", model))

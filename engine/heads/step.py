@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from regraft.engine.data.rows import Rows
-from regraft.engine.examples import Examples
 from regraft.engine.features.rows import FeatureBatch, FeatureRows
+from regraft.engine.heads.bodies import inside
 from regraft.engine.heads.combine import ScalarMix
 from regraft.engine.heads.head import Head
 from regraft.engine.heads.order import BLOCK_BYTES, BlockPlan
-from regraft.engine.tasks import Task
-from regraft.engine.tasks.base import FIRST
+from regraft.engine.tasks.base import FIRST, TOKENS
 from regraft.engine.training.order import Plan
 from regraft.engine.training.step import Stepper
 
 
 class FeatureHead(nn.Module):
-    """A head over stored features, as the training loop sees a model. Shape: FeatureBatch -> [B, C]."""
+    """A head over stored features, as the training loop sees a model. Shape: FeatureBatch -> [B, C], or [T, C] of a head that
+    judges tokens."""
 
-    reads = FIRST
     output_scale = None
 
     def __init__(self, head: Head) -> None:
         super().__init__()
         self.model = head
+        self.reads = TOKENS if head.gives_tokens else FIRST
 
     def forward(self, batch: FeatureBatch) -> Tensor:
-        return self.model(*batch.cells()) if self.model.reads_tokens else self.model(batch.features)
+        head = self.model
+        if not head.reads_tokens:
+            return head(batch.features)
+        # Layers are combined before the cells are made: one vector a cell, not one a layer.
+        cells, lengths = FeatureBatch(head.combined(batch.features), batch.lengths).cells()
+        logits = head.judged(cells, lengths)
+        return logits[inside(logits, lengths)] if head.gives_tokens else logits
 
 
 @dataclass
@@ -40,7 +44,7 @@ class HeadStepper(Stepper):
 
     mix: ScalarMix | None = None
 
-    def _gradients(self, step: int, rows: np.ndarray) -> float:
+    def _gradients(self, step: int, rows: np.ndarray) -> Tensor:
         loss = super()._gradients(step, rows)
         if self.mix is not None and self.mix.penalty:
             # After all micro-batches and processes: the penalty belongs to the step, once.
@@ -49,12 +53,6 @@ class HeadStepper(Stepper):
             weights.grad.add_(weights.detach(), alpha=2 * self.mix.penalty)
             loss += self.mix.penalty * float(weights.detach().square().sum())
         return loss
-
-
-def examples_of(task: Task, rows: Rows, features: FeatureRows, targets: np.ndarray) -> Examples:
-    """Stored features as what a task learns from: one row of features, one target a text."""
-    store: Any = features
-    return Examples(rows, store, targets, task.weights(targets), counts=task.label_counts(targets))
 
 
 def block_plan(plan: Plan, features: FeatureRows) -> BlockPlan:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.errors import ModelError
-from regraft.engine.methods.settings import ADAPTERS, LoraSettings
+from regraft.engine.methods.settings import ADAPTERS, VIRTUAL, LoraSettings
 from regraft.engine.methods.walk import (
     check_patterns,
     chosen_linears,
@@ -54,7 +54,7 @@ class Adaptation:
 
     @property
     def mergeable(self) -> bool:
-        return self.peft is not None
+        return self.peft is not None and self.method not in VIRTUAL
 
     def save(self, folder: Path) -> None:
         """Write the trained part: an adapter folder, or the whole model."""
@@ -94,6 +94,11 @@ class Adaptation:
         """The plain model with the adapter worked into its weights. Raises ModelError where that cannot be done."""
         if not self.is_adapter:
             return self.model
+        if self.method in VIRTUAL:
+            raise ModelError(
+                f"method: {self.method} cannot be merged: virtual tokens are no change of a weight; `regraft export` takes "
+                "them as they are"
+            )
         if self.peft is None:
             from regraft.engine.methods.own import merge_own
 
@@ -122,7 +127,7 @@ def adapt(model: Any, config: RunConfig, precision: str = "fp32") -> Adaptation:
 
         print_of_backbone = fingerprint(model)
     adaptation = Adaptation(method, model, print_of_backbone)
-    if method in ("full", "bitfit", "frozen"):
+    if method in ("full", "bitfit"):
         _choose_weights(model, config)
     elif method in ("lora", "qlora", "int8"):
         if method != "lora":
@@ -132,6 +137,11 @@ def adapt(model: Any, config: RunConfig, precision: str = "fp32") -> Adaptation:
         adaptation.peft = with_lora(model, config.lora)
     elif method == "ia3":
         adaptation.peft = _with_ia3(model)
+    elif method in VIRTUAL:
+        from regraft.engine.methods.virtual import with_virtual_tokens
+
+        adaptation.peft = with_virtual_tokens(model, method, config.prompt)
+        _check_trained(model, [])
     else:
         from regraft.engine.methods.own import add_own
 
@@ -144,20 +154,18 @@ def _choose_weights(model: Any, config: RunConfig) -> None:
     from regraft.engine.training.optimizer import head_names
 
     head = head_names(model)
-    if config.method == "frozen":
-        wanted = head
-    else:
-        wanted = trainable_from_start(model, config.unfreeze)
-        if config.method == "bitfit":
-            biases = {n for n in wanted if n.rpartition(".")[2] == "bias" and n not in head}
-            if not biases:
-                raise ModelError(f"method: bitfit: {type(model).__name__} has no biases to train; use method: lora")
-            wanted = biases | head
+    wanted = trainable_from_start(model, config.unfreeze)
+    if config.method == "bitfit":
+        biases = {n for n in wanted if n.rpartition(".")[2] == "bias" and n not in head}
+        if not biases:
+            raise ModelError(f"method: bitfit: {type(model).__name__} has no biases to train; use method: lora")
+        wanted = biases | head
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in wanted)
 
 
-def _common(model: Any) -> dict[str, Any]:
+def peft_options(model: Any) -> dict[str, Any]:
+    """What every configuration of peft says of this model."""
     name = type(model).__name__
     kind = next((v for end, v in TASK_TYPES.items() if name.endswith(end)), None)
     return {"task_type": kind, "modules_to_save": head_modules(model) or None}
@@ -179,7 +187,7 @@ def with_lora(model: Any, settings: LoraSettings) -> Any:
         rank_pattern=settings.rank_pattern,
         alpha_pattern=settings.alpha_pattern,
         target_modules=names,
-        **_common(model),
+        **peft_options(model),
     )
     wrapped = wrap(model, config)
     _check_trained(model, names)
@@ -204,7 +212,7 @@ def _with_ia3(model: Any) -> Any:
         raise ModelError(
             f"method: ia3: keys, values and feed-forward layers of {type(model).__name__} were not found; use method: lora"
         )
-    wrapped = wrap(model, IA3Config(target_modules=names + inner, feedforward_modules=inner, **_common(model)))
+    wrapped = wrap(model, IA3Config(target_modules=names + inner, feedforward_modules=inner, **peft_options(model)))
     _check_trained(model, names + inner)
     return wrapped
 

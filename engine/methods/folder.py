@@ -10,7 +10,7 @@ from regraft.engine.config import ModelConfig
 from regraft.engine.errors import ModelError
 from regraft.engine.methods.adapt import Adaptation
 from regraft.engine.methods.fingerprint import fingerprint
-from regraft.engine.methods.settings import QuantiseSettings
+from regraft.engine.methods.settings import VIRTUAL, QuantiseSettings
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -22,11 +22,11 @@ def load_adapter(folder: Path, facts: dict[str, Any]) -> Adaptation:
 
     Raises ModelError for another backbone than the adapter was made for.
     """
-    from regraft.engine.pretrained import load_classifier
+    from regraft.engine.heads.live import model_from
     from regraft.engine.tasks import task_from_spec
 
     task = task_from_spec(facts["task"])
-    model = load_classifier(ModelConfig.model_validate(facts["model"]), task)
+    model = model_from(facts, ModelConfig.model_validate(facts["model"]), task)
     task.attach(model)
     found = fingerprint(model)
     if found != facts["backbone"]:
@@ -47,7 +47,7 @@ def load_adapter(folder: Path, facts: dict[str, Any]) -> Adaptation:
 
 def put_adapter(adaptation: Adaptation, folder: Path) -> None:
     """Put the adapter of `folder` on the model. Raises ModelError when its weights do not fit."""
-    if adaptation.method in ("lora", "qlora", "int8", "ia3"):
+    if adaptation.method != "adapter":
         from peft import PeftModel
 
         try:
@@ -57,6 +57,10 @@ def put_adapter(adaptation: Adaptation, folder: Path) -> None:
         except (RuntimeError, ValueError, KeyError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise ModelError(f"{folder}: the adapter does not fit: {' '.join(lines[:2])[:300]}") from None
+        if adaptation.method in VIRTUAL:
+            from regraft.engine.methods.virtual import put_virtual_tokens
+
+            put_virtual_tokens(adaptation.model, adaptation.peft)
         return
     from regraft.engine.methods.own import read_own
 

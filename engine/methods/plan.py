@@ -20,7 +20,7 @@ from regraft.engine.errors import ModelError, RegraftError
 from regraft.engine.methods.settings import SECTIONS
 
 PROBE_STEPS = 10
-PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter")
+PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
 ALTERNATIVES = ("full", "bitfit", "lora", "qlora", "adapter")
 
 
@@ -115,8 +115,7 @@ def plan_run(config: RunConfig, *, alternatives: bool = True) -> RunPlan:
 
 def _probe(run: Any, largest: np.ndarray) -> float:
     """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first."""
-    from regraft.engine.batches import by_length
-    from regraft.engine.evaluation import run_outputs
+    from regraft.engine.evaluation import evaluate
 
     run.stepper.rehearse(len(largest))
     tokens, seconds = 0, 0.0
@@ -126,17 +125,17 @@ def _probe(run: Any, largest: np.ndarray) -> float:
         began = time.perf_counter()
         tokens += run.stepper(step, rows).tokens
         seconds += time.perf_counter() - began
-    dev = run.data.splits["dev"]
-    run_outputs(run.running, dev, by_length(dev.store.lengths, 8192)[0], run.accelerator)
+    # with its figures: what computes them is imported then, and stays
+    evaluate(run.running, run.data.splits["dev"], run.data.task, accelerator=run.accelerator, most_batches=1)
     run.set_training_mode()
     return tokens / max(seconds, 1e-9)
 
 
 def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, chosen: MethodPlan) -> MethodPlan:
+    from regraft.engine.heads.live import model_of
     from regraft.engine.methods.adapt import adapt
     from regraft.engine.methods.speed import use_method_kernels
     from regraft.engine.models import RunningModel
-    from regraft.engine.pretrained import load_classifier
 
     values = config.model_dump(mode="json") | {"method": method}
     for section, methods in SECTIONS.items():
@@ -144,7 +143,7 @@ def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, 
             values.pop(section, None)
     try:
         other = parse_config(values, source="plan")
-        model = load_classifier(other.model, run.data.task)
+        model = model_of(other, run.data.task)
         adapt(model, other, run.precision)
     except RegraftError as error:
         return MethodPlan(method, note=str(error))
@@ -172,6 +171,8 @@ def _count(method: str, model: nn.Module, config: RunConfig, activations: int) -
     weights = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     gradients = sum(p.numel() * p.element_size() for p in trained)
     a_moment = 1 if config.training.optimizer != "adamw" else 4
+    if config.training.offload_optimizer and torch.cuda.is_available():
+        a_moment = 0  # they are in the memory of the host
     numbers = sum(p.numel() for p in trained)
     averages = gradients if config.training.ema else 0
     memory = Memory(weights, gradients, 2 * a_moment * numbers, averages, activations)

@@ -9,12 +9,15 @@ from pydantic import Field
 from regraft.engine.section import Section
 
 # Methods whose result is a small folder beside the backbone; the others save a whole model.
-ADAPTERS = frozenset({"lora", "qlora", "int8", "ia3", "adapter"})
+ADAPTERS = frozenset({"lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix"})
+# Those of them that work through tokens that no text has.
+VIRTUAL = frozenset({"prompt", "prefix"})
 # Methods that only one kind of section has a say in.
 SECTIONS = {
     "lora": {"lora", "qlora", "int8"},
     "quantise": {"qlora", "int8"},
     "adapter": {"adapter"},
+    "prompt": {"prompt", "prefix"},
     "unfreeze": {"full", "bitfit"},
 }
 Positive = Annotated[int, Field(ge=1)]
@@ -55,9 +58,25 @@ class AdapterSettings(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
+class PromptSettings(Section):
+    """Virtual tokens: trained vectors before each text (prompt), or trained keys and values in each layer (prefix)."""
+
+    tokens: Positive = 16
+    start: Literal["words", "random"] = Field(
+        "words", description="prompt: vectors of words drawn at random, or numbers of their spread"
+    )
+    spread: float = Field(0.1, gt=0, description="prefix: standard deviation of keys and values at the start")
+
+
 class UnfreezeSettings(Section):
     """Which layers train, and from when (Howard and Ruder 2018)."""
 
     last_layers: int | None = Field(None, ge=0, description="only the last k layers and the head; null: all layers")
     gradual: bool = Field(False, description="head first, then one more layer from the top at a time")
     every: int | Literal["epoch"] = Field("epoch", description="gradual: optimizer steps, or epoch, between layers")
+
+
+def libraries(method: str, optimizer: str) -> tuple[str, ...]:
+    """Packages beyond the usual ones whose versions decide a run's numbers."""
+    quantised = method == "qlora" or optimizer != "adamw"
+    return (*(("peft",) if method in ADAPTERS - {"adapter"} else ()), *(("bitsandbytes",) if quantised else ()))

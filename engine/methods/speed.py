@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from regraft.engine.half_weights import bind_half_weights
 from regraft.kernels.folded_lora import folded_lora
 
 if TYPE_CHECKING:
@@ -17,10 +18,19 @@ ADAPTER = "default"
 
 
 def use_method_kernels(running: RunningModel, config: RunConfig, precision: str) -> int:
-    """Bind folded LoRA where it is exact and faster: on a CPU, in fp32, without dropout or magnitudes; how many."""
+    """On a CPU: folded LoRA where it is exact and faster, in fp32, without dropout or magnitudes; in bf16, weights kept in
+    bf16 beside the fp32 ones. On a GPU: LoRA by `speed_gpu`. How many layers."""
+    if config.training.sharding != "none":
+        return 0  # these hold whole weights, which sharding is there to spare
     on_cpu = next(running.model.parameters()).device.type == "cpu"
+    if on_cpu and precision == "bf16":
+        return bind_half_weights(running)
+    if not on_cpu:
+        from regraft.engine.methods.speed_gpu import bind_lora  # brings Triton along
+
+        return sum(bind_lora(running).values()) if config.method in ("lora", "qlora") else 0
     plain = config.method == "lora" and not config.lora.dropout and not config.lora.dora
-    return bind_folded_lora(running) if on_cpu and plain and precision == "fp32" else 0
+    return bind_folded_lora(running) if plain and precision == "fp32" else 0
 
 
 def bind_folded_lora(running: RunningModel) -> int:

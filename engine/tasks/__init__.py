@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, nearest
+from regraft.engine.tasks.adapters import Adapters
 from regraft.engine.tasks.answering import Answering
 from regraft.engine.tasks.base import Prediction, Task
 from regraft.engine.tasks.choice import Choice
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from regraft.engine.config import TaskConfig
 
 __all__ = [
+    "Adapters",
     "Answering",
     "Choice",
     "Classification",
@@ -47,6 +49,7 @@ TASKS: dict[str, type[Task]] = {
     "multilabel": MultiLabel,
     "regression": Regression,
     "several": Several,
+    "adapters": Adapters,
     "tagging": Tagging,
     "answering": Answering,
     "mlm": MaskedLanguage,

@@ -229,7 +229,7 @@ class Answering(Task):
         """Mean of start's and end's cross-entropy over the tokens of each window, summed. logits [T, 2], targets [B, 2]."""
         import torch
 
-        sizes = torch.tensor(lengths, device=logits.device)
+        sizes = torch.as_tensor(lengths, device=logits.device)
         inside = torch.arange(max(lengths), device=logits.device)[None] < sizes[:, None]
         cells = logits.new_full((len(lengths), max(lengths), 2), float("-inf"), dtype=torch.float32)
         cells = cells.masked_scatter(inside[..., None], logits.float())

@@ -24,7 +24,7 @@ class Crf:
         self._values = (
             [np.asarray(v, dtype=np.float32) for v in values] if values else [np.zeros(s, np.float32) for s in shapes]
         )
-        self._module: Any = None
+        self._model: Any = None
 
     def attach(self, model: Any) -> None:
         """Make the scores parameters of `model`, as its module `crf`."""
@@ -35,7 +35,14 @@ class Crf:
         for name, value in zip(("transitions", "starts", "ends"), self._values, strict=True):
             module.register_parameter(name, nn.Parameter(torch.from_numpy(value.copy())))
         model.crf = module
-        self._module = module
+        self._model = model
+
+    @property
+    def _module(self) -> Any:
+        # Under an adapter it is a copy that trains; once merged, that copy is the module itself.
+        module: Any = None if self._model is None else self._model.crf
+        copies: Any = getattr(module, "modules_to_save", None)
+        return module if copies is None else copies[module.active_adapters[0]]
 
     def parameters(self) -> list[nn.Parameter]:
         return [self._module.transitions, self._module.starts, self._module.ends]

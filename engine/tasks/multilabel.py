@@ -44,6 +44,7 @@ class MultiLabel(Task):
         self.thresholds = np.full(len(labels), 0.5) if thresholds is None else np.asarray(thresholds, dtype=np.float64)
         self.tuned = tuned
         self.positive_weights = positive_weights
+        self._held: dict[Any, Any] = {}
         self.metric = metric
         if metric not in self.metrics_known:
             raise ConfigError(
@@ -114,9 +115,12 @@ class MultiLabel(Task):
         import torch
         from torch.nn.functional import binary_cross_entropy_with_logits
 
-        positive = (
-            None if self.positive_weights is None else torch.as_tensor(self.positive_weights, device=logits.device)
-        )
+        positive = None
+        if self.positive_weights is not None:
+            # kept where it is used: a step that is replayed as a CUDA graph copies nothing from the host
+            if logits.device not in self._held:
+                self._held[logits.device] = torch.as_tensor(self.positive_weights, device=logits.device)
+            positive = self._held[logits.device]
         cells = binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none", pos_weight=positive)
         return (cells.mean(dim=-1) * weights).sum()
 

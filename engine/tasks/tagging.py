@@ -253,7 +253,7 @@ class Tagging(Task):
         tags, words = targets.unbind(1)
         first = tags != NO_TARGET
         owner = torch.repeat_interleave(
-            torch.arange(len(lengths), device=tags.device), torch.tensor(lengths, device=tags.device)
+            torch.arange(len(lengths), device=tags.device), torch.as_tensor(lengths, device=tags.device)
         )
         emissions = logits[first] if self.alignment == "first" else _means(logits, words, first)
         counts = torch.zeros_like(weights).index_add_(0, owner[first], torch.ones_like(weights)[owner[first]])

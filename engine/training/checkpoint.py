@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch import nn
 from regraft.engine.errors import TrainingError
 from regraft.engine.files import new_folder, remove_leftovers
 from regraft.engine.training.optimizer import AveragedWeights
+
+if TYPE_CHECKING:
+    from regraft.engine.training.sharding import Shards
 
 
 @dataclass
@@ -34,29 +37,40 @@ class Progress:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def save_checkpoint(
-    folder: Path,
-    progress: Progress,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: Any = None,
-    averaged: AveragedWeights | None = None,
-) -> None:
-    """Write `folder/step-N` and delete older ones. Frozen weights are not written again: they are in the backbone."""
+def save_checkpoint(folder: Path, progress: Progress, trained: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Write `folder/step-N` from what `content_of` gives, and delete older ones."""
     from safetensors.torch import save_file
 
     with new_folder(folder / f"step-{progress.step:08d}") as beside:
-        trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-        trained |= {f"buffer:{n}": b.detach().contiguous() for n, b in _own_buffers(model)}
         save_file(trained, beside / "model.safetensors")
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
-        if averaged:
-            state["averaged"] = averaged.shadow
         with (beside / "optimizer.pt").open("wb") as file:  # a file of ours: its errors keep their errno
             torch.save(state, file)
         (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
     for old in sorted(folder.glob("step-*"))[:-1]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def content_of(
+    model: nn.Module,
+    optimizer: Any,
+    scaler: Any = None,
+    averaged: AveragedWeights | None = None,
+    shards: Shards | None = None,
+    *,
+    held: bool = True,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a checkpoint holds: trained weights, and the rest. Frozen weights are not written again: they are in the backbone.
+
+    `shards`: weights that are shared out; every process has to call, and one that `held` gets what all put together.
+    """
+    trained: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+    if averaged:
+        state["averaged"] = averaged.shadow
+    if shards is not None:
+        trained, state = shards.whole_state(trained, state, optimizer, held=held)
+    trained |= {f"buffer:{n}": b for n, b in _own_buffers(model)}
+    return {n: t.detach().contiguous() for n, t in trained.items()}, state
 
 
 def _own_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -80,6 +94,8 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: Any = None,
     averaged: AveragedWeights | None = None,
+    *,
+    shards: Shards | None = None,
 ) -> Progress:
     """Put a checkpoint's state into model, optimizer, scaler and average. Raises TrainingError if it does not fit."""
     from safetensors.torch import load_file
@@ -95,7 +111,10 @@ def load_checkpoint(
         for name, value in saved.items():
             if name not in own or own[name].shape != value.shape:
                 raise TrainingError(f"{path}: {name} {tuple(value.shape)} does not fit the model; start with --restart")
-            own[name].copy_(value)
+            if shards is None:
+                own[name].copy_(value)
+    if shards is not None:
+        state = shards.own_state(saved, state, own, optimizer)
     optimizer.load_state_dict(state["optimizer"])
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from regraft.engine.evaluation import Evaluation, evaluate
 from regraft.engine.examples import Examples
 from regraft.engine.files import write_text
-from regraft.engine.machine import describe, versions
+from regraft.engine.machine import describe
 from regraft.engine.tasks import Task
 from regraft.engine.trained import read_facts, write_facts
+from regraft.engine.training.folder import versions_of
 
 if TYPE_CHECKING:
     from regraft.engine.training.run import _Run
@@ -54,12 +55,21 @@ def finish_run(run: _Run) -> dict[str, dict[str, float]]:
 
 def load_best(run: _Run) -> None:
     """Put the best checkpoint's weights into the model in memory."""
-    from safetensors.torch import load_file
+    from regraft.engine.heads.live import saved_weights
 
-    if run.adaptation.is_adapter:
+    if run.shards is not None:
+        from safetensors.torch import load_file
+
+        from regraft.engine.methods.adapt import WEIGHTS
+        from regraft.engine.training.sharding import put, saved_tensors
+
+        best = run.folder / "best"
+        weights = load_file(best / WEIGHTS) if run.adaptation.is_adapter else saved_weights(run.running.model, best)
+        put(run.vocabulary.cut(weights) if run.vocabulary else weights, saved_tensors(run.adaptation))
+    elif run.adaptation.is_adapter:
         run.adaptation.load(run.folder / "best")
     else:
-        weights = load_file(run.folder / "best" / "model.safetensors")
+        weights = saved_weights(run.running.model, run.folder / "best")
         run.running.model.load_state_dict(run.vocabulary.cut(weights) if run.vocabulary else weights, strict=False)
     run.running.output_scale = None  # it is in the saved weights
 
@@ -100,7 +110,7 @@ def write_pages(run: _Run, found: dict[str, Evaluation]) -> None:
     data = ReportData(
         name=run.folder.name,
         config=run.config.model_dump(mode="json"),
-        versions=versions(),
+        versions=versions_of(run.config),
         machine=describe(),
         history=read_history(run.folder / "metrics.jsonl"),
         best=(state.best_step, task.metric, float(state.best_value or 0.0)),

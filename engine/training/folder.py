@@ -6,12 +6,16 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regraft.engine.config import NOT_DECISIVE, RunConfig, config_hash
-from regraft.engine.errors import TrainingError
+from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.machine import versions
+from regraft.engine.methods.settings import libraries
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,22 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+@contextmanager
+def telling_full_disk(folder: Path) -> Iterator[None]:
+    """Raises TrainingError with the cure where a write in the block fails for want of space."""
+    try:
+        yield
+    except RegraftError:
+        raise
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise TrainingError(
+            f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
+            "again to go on"
+        ) from error
 
 
 def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult | None:
@@ -63,6 +83,11 @@ def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult
         return None
     result = state["result"]
     return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"])
+
+
+def versions_of(config: RunConfig) -> dict[str, str]:
+    """Versions of what decides the numbers of this run."""
+    return versions(*libraries(config.method, config.training.optimizer))
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

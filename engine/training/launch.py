@@ -1,4 +1,4 @@
-"""`regraft train --processes N`: start the ranks on this machine, watch them, and say which one failed and why."""
+"""`--processes N`: start the ranks on this machine, watch them, and say which one failed and why."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import IO
 
 from regraft.engine.config import RunConfig
 from regraft.engine.errors import ConfigError, TrainingError
+from regraft.engine.training.together import machines
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 1.0  # a rank that dies takes others with it: wait until it can be told which was first
@@ -34,6 +35,15 @@ class Rank:
         ours = [x for x in lines if x.startswith("regraft: ")]
         return (ours or lines or ["no message"])[-1].removeprefix("regraft: ")
 
+    def is_stopped(self) -> bool:
+        """Whether it was suspended from outside, as SIGSTOP does."""
+        import psutil
+
+        try:
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.NoSuchProcess:
+            return False
+
 
 def check_processes(config: RunConfig, processes: int) -> None:
     """Raise ConfigError where a run cannot be shared by so many."""
@@ -44,23 +54,27 @@ def check_processes(config: RunConfig, processes: int) -> None:
             f"--processes {processes}: training.batch_size is {config.training.batch_size}, so some would never have a "
             "sequence; raise it or use fewer processes"
         )
+    if "RANK" in os.environ:
+        machines(config.training.sharding)
     if processes > 1 and config.unfreeze.gradual:
         raise ConfigError("unfreeze.gradual: what is trained changes on the way, which several processes cannot do")
 
 
-def launch(arguments: Sequence[str], processes: int) -> int:
-    """Run `regraft train` with `arguments` in that many processes; 0 when all ended well.
+def launch(arguments: Sequence[str], processes: int, command: str = "train") -> int:
+    """Run `regraft COMMAND` with `arguments` in that many processes; 0 when all ended well.
 
     Raises TrainingError naming the first rank that failed, and its reason; the other ranks are stopped.
     """
-    ranks = [_start(arguments, n, processes, port) for port in [_free_port()] for n in range(processes)]
+    port = _free_port()
+    ranks: list[Rank] = []
     try:
+        for number in range(processes):
+            ranks.append(_start([command, *arguments], number, processes, port))
         while True:
             codes = [r.process.poll() for r in ranks]
             if any(codes):
                 time.sleep(SETTLE_SECONDS)
-                failed = _culprit([(r, r.process.poll()) for r in ranks])
-                raise TrainingError(_describe(*failed, processes))
+                raise TrainingError(_describe(ranks, command))
             if all(c == 0 for c in codes):
                 return 0
             time.sleep(POLL_SECONDS)
@@ -80,10 +94,12 @@ def _start(arguments: Sequence[str], number: int, processes: int, port: int) -> 
     }
     if not _has_gpu():
         env["ACCELERATE_USE_CPU"] = "true"
-    command = [sys.executable, "-m", "regraft.engine", "train", *arguments]
     quiet = number > 0
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL if quiet else None, stderr=errors if quiet else None
+        [sys.executable, "-m", "regraft.engine", *arguments],
+        env=env,
+        stdout=subprocess.DEVNULL if quiet else None,
+        stderr=errors if quiet else None,
     )
     return Rank(number, process, errors)
 
@@ -99,28 +115,40 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _culprit(codes: list[tuple[Rank, int | None]]) -> tuple[Rank, int]:
+def _describe(ranks: list[Rank], command: str) -> str:
+    codes = [(r, r.process.poll()) for r in ranks]
+    stopped = [r for r, code in codes if code is None and r.is_stopped()]
+    if stopped:
+        who, why = stopped[0], "was stopped (SIGSTOP) and kept the others waiting for longer than training.timeout"
+    else:
+        who, code = _culprit([(r, code) for r, code in codes if code])
+        why = _ending(who, code)
+    kept = (
+        "everything up to the last checkpoint is kept, and the same command goes on from there, with any number of "
+        "processes"
+        if command == "train"
+        else "what is finished is kept, and the same command goes on from there"
+    )
+    return f"rank {who.number} of {len(ranks)} {why}. The other ranks were stopped; {kept}"
+
+
+def _culprit(failed: list[tuple[Rank, int]]) -> tuple[Rank, int]:
     # Killed from outside first, then a refusal with a message, then whatever else: a lost peer makes the others fail.
-    failed = [(r, c) for r, c in codes if c]
     return min(failed, key=lambda item: (item[1] >= 0, item[1] != 2, item[0].number))
 
 
-def _describe(rank: Rank, code: int, processes: int) -> str:
+def _ending(rank: Rank, code: int) -> str:
     if code < 0:
         why = f"was ended by {signal.Signals(-code).name}"
-        why += " (out of memory, or from outside)" if code == -signal.SIGKILL else ""
-    else:
-        why = f"ended with code {code}" + (f": {rank.last_words()}" if rank.number else ", see its message above")
-    return (
-        f"rank {rank.number} of {processes} {why}. The other ranks were stopped; everything up to the last checkpoint is "
-        "kept, and the same command goes on from there, with any number of processes"
-    )
+        return why + (" (out of memory, or from outside)" if code == -signal.SIGKILL else "")
+    return f"ended with code {code}" + (f": {rank.last_words()}" if rank.number else ", see its message above")
 
 
 def _stop(ranks: list[Rank]) -> None:
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.terminate()
+            rank.process.send_signal(signal.SIGCONT)  # one that is stopped would not hear it
     until = time.monotonic() + GRACE_SECONDS
     for rank in ranks:
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.config import TrainingConfig
+from regraft.engine.training.offload import OffloadedAdamW
 from regraft.kernels.embedding import RowGradient
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -84,18 +85,25 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
     """One update with the gradients scaled to at most `max_norm` in all, without a pass of its own for the scaling:
     the fused kernel divides by `grad_scale` while it reads them."""
     over = 1.0 if max_norm is None else float(norm) / max_norm
-    if not isinstance(optimizer, torch.optim.AdamW):
+    if not isinstance(optimizer, torch.optim.AdamW | OffloadedAdamW):
         if over > 1.0:
             gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / over)
         optimizer.step()
+        _say_changed(optimizer)
         return
     if over > 1.0:
-        optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[attr-defined]
+        optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[union-attr]
     try:
         optimizer.step()
     finally:
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[union-attr]
+    _say_changed(optimizer)
+
+
+def _say_changed(optimizer: Any) -> None:
+    # Fused kernels on a CPU write weights without raising their version, by which a copy of one knows that it is old.
+    torch.autograd.graph.increment_version(p for group in optimizer.param_groups for p in group["params"])
 
 
 class AveragedWeights:

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,16 @@ import numpy as np
 import yaml
 
 from regraft.engine.config import RunConfig, config_hash
-from regraft.engine.errors import TrainingError
+from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
-from regraft.engine.heads.settings import WORD_METHODS
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
-from regraft.engine.training.folder import RunResult, disk_is_full, open_run_folder
+from regraft.engine.training.folder import RunResult, open_run_folder, telling_full_disk
+from regraft.engine.training.launch import check_processes
+from regraft.engine.training.saving import best_model_whole, checkpoint_is_due, write_checkpoint
+from regraft.engine.training.together import agreed, has_lost_others, meet, processes, together, who_is_missing
 
 LOG_EVERY = 10
-CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -48,38 +48,24 @@ def train(
     Raises RegraftError; the run folder then holds the last checkpoint and the best model so far.
     """
     folder = Path(config.run)
+    check_processes(config, processes())
     finished = open_run_folder(folder, config, restart)
     if finished is not None:
         return finished
+    from regraft.engine.training.recipes import recipe_of
+
     run = recipe_of(config)(config, folder, on_step, quiet)
     try:
-        return run.go()
+        with telling_full_disk(folder):
+            return run.go()
+    except RegraftError:
+        raise
     except Exception as error:
-        if not disk_is_full(error):
+        if processes() == 1 or not has_lost_others(error):
             raise
-        raise TrainingError(
-            f"{folder}: the disk is full. Everything saved before is intact; free some space and start the same command "
-            "again to go on"
-        ) from error
+        raise who_is_missing(error, config.training.timeout) from error
     finally:
         thaw()
-
-
-def recipe_of(config: RunConfig) -> type[_Run]:
-    """The recipe of a method: the one below, or what a method changes of it."""
-    if config.method == "frozen":
-        from regraft.engine.heads.run import FrozenRun
-
-        return FrozenRun
-    if config.method == "contrastive":
-        from regraft.engine.heads.contrastive import ContrastiveRun
-
-        return ContrastiveRun
-    if config.method in WORD_METHODS:
-        from regraft.engine.words.run import WordsRun
-
-        return WordsRun
-    return _Run
 
 
 class _Run:
@@ -88,6 +74,7 @@ class _Run:
     # What `build` sets where a method uses it.
     vocabulary: Any = None
     unfreezing: Any = None
+    shards: Any = None
 
     def __init__(
         self,
@@ -100,6 +87,7 @@ class _Run:
 
     def go(self) -> RunResult:
         with start_without_collector():
+            meet(self.config.training.timeout)
             self.prepare()
             self.build()
         self.resume()
@@ -112,7 +100,8 @@ class _Run:
                 if self.evaluation_due():
                     self.evaluate()  # ends in a checkpoint
                 else:
-                    self.checkpoint_if_due()
+                    if checkpoint_is_due(self):
+                        write_checkpoint(self)
             if self.state.evaluated_at != self.state.step:
                 self.evaluate()
         return self.finish()
@@ -124,7 +113,8 @@ class _Run:
         rows = self.config.training.batch_size
         longest = np.sort(self.data.splits["train"].lengths)[-rows:]
         at_once = min(int(longest.sum()), max(self.stepper.token_budget, int(longest[-1])))
-        if could_run_out(at_once, self.running.model, self.precision):
+        # Each process sees memory of its own, and all of them have to take the step.
+        if agreed(could_run_out(at_once, self.running.model, self.precision), "largest"):
             self.stepper.rehearse(rows)
 
     def prepare(self) -> None:
@@ -145,15 +135,18 @@ class _Run:
         from accelerate import Accelerator
         from accelerate.utils import ProjectConfiguration
 
+        from regraft.engine.heads.live import model_of
         from regraft.engine.methods.adapt import adapt
         from regraft.engine.methods.speed import use_method_kernels
         from regraft.engine.models import RunningModel
         from regraft.engine.output_scale import scale_output
-        from regraft.engine.pretrained import load_classifier
+        from regraft.engine.training.offload import offloaded
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.order import Plan
         from regraft.engine.training.setup import choose_token_budget
+        from regraft.engine.training.sharding import accelerate_options, attach_to_shards, is_shared_out, share_out
         from regraft.engine.training.step import Stepper
+        from regraft.engine.training.ways import set_way
 
         config, training = self.config, self.config.training
         self.accelerator = Accelerator(
@@ -163,11 +156,16 @@ class _Run:
                 project_dir=str(self.folder), logging_dir=str(self.folder / "trackers")
             ),
             step_scheduler_with_optimizer=False,
+            **accelerate_options(config),
         )
         torch.manual_seed(training.seed)  # a fresh head is drawn here
         task = self.data.task
-        model = load_classifier(config.model, task, self.data.new_words)
-        task.attach(model)
+        shared_out = is_shared_out(config)
+        if training.sharding != "none" and not shared_out:
+            self.say("training.sharding: there is one process, which holds everything")
+        with together("loading the model"):
+            model = model_of(config, task, self.data.new_words)
+            attach_to_shards(model, task) if shared_out else task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)
         if training.gradient_checkpointing:
@@ -189,25 +187,34 @@ class _Run:
         train_split = self.data.splits["train"]
         self.plan = Plan(len(train_split), training.batch_size, training.seed, training.epochs, training.max_steps)
         optimizer = build_optimizer(model, training, plus_ratio=config.lora.plus_ratio)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        prepared: Any = self.running
+        if shared_out:
+            self.shards = share_out(self.running, optimizer, self.accelerator, config)
+            self.parameters = self.shards.parameters
+            if self.vocabulary:
+                self.vocabulary.trained = self.shards.part_of(self.vocabulary.module.weight)
+        else:
+            prepared = self.accelerator.prepare_model(self.running)
+            self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = offloaded(optimizer, training, self.accelerator.device, self.say)
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
-        self.optimizer = optimizer
-        prepared = self.accelerator.prepare_model(self.running)
         self.unfreezing = self.gradual_unfreezing(model)
         self.stepper = Stepper(
             accelerator=self.accelerator,
             model=prepared,
-            optimizer=optimizer,
+            optimizer=self.optimizer,
             parameters=self.parameters,
             task=task,
             examples=train_split,
             seed=training.seed,
-            token_budget=choose_token_budget(config, model, self.precision),
+            token_budget=int(agreed(choose_token_budget(config, model, self.precision), "smallest")),
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
-            graphed=self.graph_steps(),
+            shards=self.shards,
         )
+        set_way(self)
         how = "packed" if self.running.packed else "padded"
+        how += f", weights shared out among {processes()} processes" if shared_out else ""
         self.say(
             f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
             f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
@@ -248,16 +255,11 @@ class _Run:
     def bind_row_gradient(self, model: Any) -> Any:
         from regraft.engine.fast import bind_embedding
 
-        alone_on_cpu = self.accelerator.num_processes == 1 and self.accelerator.device.type == "cpu"
+        alone_on_cpu = (
+            self.accelerator.num_processes == 1 and self.shards is None and self.accelerator.device.type == "cpu"
+        )
         usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
         return bind_embedding(model) if usable else None
-
-    def graph_steps(self) -> Any:
-        from regraft.engine.training.graphed import graph_steps
-
-        options = {"precision": self.precision, "kernels": self.config.model.kernels}
-        autocast, say = self.accelerator.autocast, self.say
-        return graph_steps(self.running, self.data.task, self.parameters, autocast=autocast, say=say, **options)
 
     def set_training_mode(self) -> None:
         self.running.train()
@@ -276,7 +278,7 @@ class _Run:
         self.state = Progress()
         if latest is not None:
             self.state = load_checkpoint(
-                latest, self.running.model, self.optimizer, self.accelerator.scaler, self.averaged
+                latest, self.running.model, self.optimizer, self.accelerator.scaler, self.averaged, shards=self.shards
             )
             if self.vocabulary:
                 self.vocabulary.decayed, self.vocabulary.averaged = self.state.extra["vocabulary"]
@@ -296,11 +298,11 @@ class _Run:
         self.window = [StepInfo(*values) for values in self.state.extra.get("window", [])]
 
     def write_settings(self) -> None:
-        from regraft.engine.machine import versions
+        from regraft.engine.training.folder import versions_of
 
         config = self.config.model_dump(mode="json")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        write_text(self.folder / "versions.json", json.dumps(versions(), indent=2) + "\n")
+        write_text(self.folder / "versions.json", json.dumps(versions_of(self.config), indent=2) + "\n")
         mark = {"config_hash": config_hash(self.config), "config": config, "finished": False}
         write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
 
@@ -318,7 +320,8 @@ class _Run:
         set_learning_rate(self.optimizer, learning_rate_share(training, step, self.plan.total_steps))
         if self.unfreezing:
             self.unfreezing.at(step)
-        result = self.stepper(step, rows)
+        known = step + 1 < self.plan.total_steps and self.plan.epoch_of(step + 1) == epoch
+        result = self.stepper(step, rows, self.plan.batch(step + 1, self.order) if known else None)
         if result.applied:
             state.bad_in_a_row = 0
             if self.averaged:
@@ -393,7 +396,8 @@ class _Run:
             improved = self.improves(value)
             if improved:
                 state.best_value, state.best_step, state.evaluations_without_gain = value, state.step, 0
-                self.save_best()
+                with best_model_whole(self):
+                    self.save_best()
             else:
                 state.evaluations_without_gain += 1
         finally:
@@ -411,7 +415,7 @@ class _Run:
             )
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
         self.bar.say(f"step {state.step}  dev {figures}{'  (best so far)' if improved else ''}")
-        self.checkpoint()
+        write_checkpoint(self)
 
     def improves(self, value: float) -> bool:
         best = self.state.best_value
@@ -425,8 +429,7 @@ class _Run:
         from regraft.engine.trained import save_trained
 
         if self.accelerator.is_main_process:
-            with self.vocabulary.whole() if self.vocabulary else nullcontext():
-                save_trained(self.folder / "best", self.running, self.config, self.data, self.adaptation)
+            save_trained(self.folder / "best", self.running, self.config, self.data, self.adaptation)
 
     def load_best(self) -> None:
         """Put the best model so far into memory, and see that `best/` holds it."""
@@ -436,35 +439,8 @@ class _Run:
 
     def findings(self) -> dict[str, Any]:
         """What a method learned besides its weights, for the report."""
-        return {}
-
-    def checkpoint_if_due(self) -> None:
-        every = self.config.training.checkpoint_every
-        if every is not None:
-            due = self.state.step % every == 0
-        else:
-            due = time.perf_counter() - self.last_saved > CHECKPOINT_SECONDS
-        if due:
-            self.checkpoint()
-
-    def checkpoint(self) -> None:
-        from regraft.engine.training.checkpoint import save_checkpoint
-
-        if self.accelerator.is_main_process and self.history:
-            self.state.history_bytes = self.history.bytes
-            self.state.extra = (
-                {"vocabulary": [self.vocabulary.decayed, self.vocabulary.averaged]} if self.vocabulary else {}
-            )
-            self.state.extra |= {"window": [[i.step, i.tokens, i.seconds, i.loss] for i in self.window]}
-            save_checkpoint(
-                self.checkpoints,
-                self.state,
-                self.running.model,
-                self.optimizer,
-                self.accelerator.scaler,
-                self.averaged,
-            )
-        self.last_saved = time.perf_counter()
+        told = getattr(self.running.model, "findings", None)
+        return told() if told else {}
 
     def finish(self) -> RunResult:
         from regraft.engine.training.finish import finish_run

@@ -13,10 +13,12 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
+from regraft.engine.methods.settings import VIRTUAL
 from regraft.engine.pretrained import position_limit, source_of
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
 from regraft.engine.training.splits import read_parts
+from regraft.engine.training.together import together
 
 if TYPE_CHECKING:
     import torch
@@ -39,19 +41,59 @@ class Prepared:
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Prepared:
     """Read, check and tokenise every split. Nothing is dropped in silence: `notes` and `say` tell what was.
 
-    Raises DataError and ModelError.
+    Raises DataError and ModelError. Of several processes, all raise what is wrong in one.
     """
-    data = config.data
+    with together("reading the data"):
+        return _prepare(config, say)
+
+
+def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     name = source_of(config.model)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
-    takes = [n for n in (tokenizer.max_length, position_limit(name, config.model)) if n is not None]
+    before = config.prompt.tokens if config.method in VIRTUAL else 0  # they take up positions too
+    limit = position_limit(name, config.model)
+    takes = [n for n in (tokenizer.max_length, None if limit is None else limit - before) if n is not None]
+    if min(takes, default=3) < 3:
+        raise ConfigError(
+            f"prompt.tokens: {before}; {config.model.name} has {limit} positions, which leaves none for a text"
+        )
     if config.model.max_length is not None and takes and config.model.max_length > min(takes):
         raise ConfigError(
             f"model.max_length: {config.model.max_length}; {config.model.name} takes at most {min(takes)} tokens"
+            + (f" after {before} virtual ones" if before else "")
         )
     max_length = config.model.max_length or min([*takes, 512])
     task, parts = read_parts(config)
     tokenizer, new_words = _extended(config, tokenizer, parts["train"], say)
+    splits, notes = examples_of(config, task, parts, tokenizer, max_length)
+    for name, note in notes.items():
+        say(_split_line(name, note, max_length))
+    return Prepared(task, tokenizer, max_length, splits, notes, new_words)
+
+
+def _extended(
+    config: RunConfig, tokenizer: FastTokenizer, train: Rows, say: Callable[[str], None]
+) -> tuple[FastTokenizer, NewWords | None]:
+    """The tokenizer with the new words that the configuration asks for. Raises ConfigError."""
+    wanted = config.model.new_words
+    if wanted is None:
+        return tokenizer, None
+    from regraft.engine.new_words import grow
+
+    texts = [*train.texts, *(pair for pair in train.pairs or () if isinstance(pair, str))]
+    grown, found = grow(tokenizer, wanted, texts)
+    words = () if found is None else found.words
+    asked = wanted if isinstance(wanted, int) else len(wanted)
+    shown = ", ".join(words[:6]) + (", ..." if len(words) > 6 else "")
+    say(f"{len(words):,} of {asked:,} new words in the vocabulary{': ' + shown if words else ''}")
+    return grown, found
+
+
+def examples_of(
+    config: RunConfig, task: Task, parts: dict[str, Rows], tokenizer: FastTokenizer, max_length: int
+) -> tuple[dict[str, Examples], dict[str, dict[str, Any]]]:
+    """What the task makes of every split, and what a report says of it. Raises DataError where no row is left."""
+    data = config.data
     splits, notes = {}, {}
     for name, rows in parts.items():
         unknown = "error" if name == "train" else data.unknown_label
@@ -70,25 +112,7 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
             "tokens": int(store.lengths.sum()),
             "labels": made.counts,
         }
-        say(_split_line(name, notes[name], max_length))
-    return Prepared(task, tokenizer, max_length, splits, notes, new_words)
-
-
-def _extended(
-    config: RunConfig, tokenizer: FastTokenizer, train: Rows, say: Callable[[str], None]
-) -> tuple[FastTokenizer, NewWords | None]:
-    wanted = config.model.new_words
-    if wanted is None:
-        return tokenizer, None
-    from regraft.engine.new_words import grow
-
-    texts = [*train.texts, *(pair for pair in train.pairs or () if isinstance(pair, str))]
-    grown, found = grow(tokenizer, wanted, texts)
-    words = () if found is None else found.words
-    asked = wanted if isinstance(wanted, int) else len(wanted)
-    shown = ", ".join(words[:6]) + (", ..." if len(words) > 6 else "")
-    say(f"{len(words):,} of {asked:,} new words in the vocabulary{': ' + shown if words else ''}")
-    return grown, found
+    return splits, notes
 
 
 def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:

@@ -39,8 +39,8 @@ def read_splits(config: RunConfig) -> tuple[Task, Splits]:
     # A task that makes sequences of its own has no one row of features a text.
     if task.reads != FIRST or type(task).examples is not Task.examples:
         raise ConfigError(
-            f"task.type: {task.type}; stored features, word models and comparisons are for tasks with one answer a text: "
-            "classification, multilabel, regression"
+            f"task.type: {task.type}; what is asked for is for tasks with one answer a text: classification, multilabel, "
+            "regression, ordinal"
         )
     splits: Splits = {}
     for name, rows in parts.items():

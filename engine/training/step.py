@@ -5,7 +5,7 @@ So the same step is taken in one micro-batch or eight, on one process or two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from regraft.engine.batches import collate_examples
+from regraft.engine.errors import TrainingError
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
 from regraft.engine.training.optimizer import clipped_step, gradient_norm
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from regraft.engine.examples import Examples
+    from regraft.engine.packing import PackedBatch
+    from regraft.engine.training.captured_optimizer import CapturedOptimizer
     from regraft.engine.training.graphed import GraphedGradients
+    from regraft.engine.training.sharding import Shards
     from regraft.kernels.embedding import RowGradient
 
 
@@ -37,13 +41,27 @@ class StepResult:
     applied: bool
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward, on the host. `seed`: of its dropout."""
+
+    batch: PackedBatch
+    targets: torch.Tensor
+    weights: torch.Tensor
+    seed: int
+
+
 @dataclass
 class Stepper:
-    """What a step needs. `token_budget` halves when a device runs out of memory; the step is then taken again."""
+    """What a step needs. `token_budget` halves when a device runs out of memory; the step is then taken again.
+
+    `graphed` and `update`: gradients and update as CUDA graphs, where they can be captured. The next step's batches are
+    then made while the device works on this one's.
+    """
 
     accelerator: Accelerator
     model: torch.nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: Any
     parameters: Sequence[torch.Tensor]
     task: Task
     examples: Examples
@@ -52,14 +70,32 @@ class Stepper:
     max_grad_norm: float | None
     rows: RowGradient | None = None
     graphed: GraphedGradients | None = None
+    update: CapturedOptimizer | None = None
+    shards: Shards | None = None
+    _ahead: tuple[tuple[int, int], list[MicroBatch], float] | None = None
 
-    def __call__(self, step: int, rows: np.ndarray) -> StepResult:
-        """Take step number `step` over the units `rows`."""
-        loss = self.gradients(step, rows)
+    def __call__(self, step: int, rows: np.ndarray, following: np.ndarray | None = None) -> StepResult:
+        """Take step number `step` over the units `rows`. `following`: those of the next step, where they are known."""
+        tokens = int(self.examples.lengths[rows].sum())
+        lost = self.gradients(step, rows)
+        if self.update is not None and self.graphed is not None:
+            self.update(lost)
+            if following is not None:
+                parts, factor = self.micro_batches(step + 1, following)
+                self._ahead = ((step + 1, self.token_budget), list(parts), factor)
+            loss, norm = self.update.report()
+            return StepResult(loss, norm, tokens, bool(np.isfinite(norm)) and bool(np.isfinite(loss)))
+        return self._apply(float(lost), tokens)
+
+    def _apply(self, loss: float, tokens: int) -> StepResult:
         scaler = self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(self.optimizer)
+        if self.shards is not None:
+            self.shards.bring_gradients()
         norm = gradient_norm(self.parameters, self.rows)
+        if self.shards is not None:
+            norm = self.shards.whole_norm(norm)
         value = float(norm)
         applied = bool(np.isfinite(value)) and bool(np.isfinite(loss))
         if applied:
@@ -67,16 +103,22 @@ class Stepper:
         if scaler is not None:
             scaler.update()
         self.clear()
-        return StepResult(loss, value, int(self.examples.lengths[rows].sum()), applied)
+        return StepResult(loss, value, tokens, applied)
 
-    def gradients(self, step: int, rows: np.ndarray) -> float:
-        """The step's gradients, with a smaller token budget from the time on when memory ran out; its loss."""
+    def gradients(self, step: int, rows: np.ndarray) -> torch.Tensor:
+        """The step's gradients, with a smaller token budget from the time on when memory ran out; its loss []."""
         while True:
             try:
                 return self._gradients(step, rows)
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
+                if self.shards is not None:
+                    raise TrainingError(
+                        f"out of memory in step {step} at a token budget of {self.token_budget}. The other processes are in "
+                        "the middle of the same step, for weights are shared out: set training.token_budget to less and "
+                        "start again"
+                    ) from error
                 longest = int(self.examples.lengths[rows].max())
                 if self.token_budget <= longest:
                     raise
@@ -97,47 +139,77 @@ class Stepper:
         """Forget all gradients."""
         if self.rows is not None:
             self.rows.clear()
+        if self.shards is not None:
+            self.shards.clear()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _gradients(self, step: int, rows: np.ndarray) -> float:
-        """Forward and backward of this process's share; returns the step's loss over all processes."""
-        from regraft.engine.training.graphed import average_over_processes
-
+    def micro_batches(self, step: int, rows: np.ndarray) -> tuple[Iterator[MicroBatch], float]:
+        """This process's share of a step, and the factor of its losses: gradients are averaged over processes, the loss
+        is divided by the whole step's weight. Depends on the step's number and the token budget alone."""
         accelerator = self.accelerator
         # Every process draws the whole step, so that all know its weight.
         examples, rows = self.task.draw(self.examples, rows, (self.seed, step))
         total = float(examples.unit_weights[rows].sum())
-        lengths = examples.lengths[rows]
-        mine = rows[share_by_tokens(lengths, accelerator.num_processes)[accelerator.process_index]]
-        idle = len(mine) == 0  # fewer rows than processes: take part with weight 0, the others wait for our gradients
-        mine = rows[:1] if idle else mine
-        parts = [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
-        # Gradients are averaged over processes; the loss is divided by the whole step's weight.
-        factor = accelerator.num_processes / total if total > 0 else 0.0
+        parts = self._parts(examples, rows)
+
+        def made() -> Iterator[MicroBatch]:
+            for number, (part, counts) in enumerate(parts):
+                sequences = examples.sequences(part)
+                yield MicroBatch(
+                    collate_examples(examples, sequences),
+                    torch.from_numpy(self.task.targets_of(examples, sequences)),
+                    torch.from_numpy(examples.weights[sequences] * (1.0 if counts else 0.0)),
+                    step_seed(self.seed, step, accelerator.process_index, number),
+                )
+
+        return made(), accelerator.num_processes / total if total > 0 else 0.0
+
+    def _gradients(self, step: int, rows: np.ndarray) -> torch.Tensor:
+        """Forward and backward of this process's share; the step's loss [] over all processes."""
+        accelerator = self.accelerator
+        ahead, self._ahead = self._ahead, None
+        parts: Iterator[MicroBatch]
+        if ahead is not None and ahead[0] == (step, self.token_budget):
+            parts, factor = iter(ahead[1]), ahead[2]
+        else:
+            parts, factor = self.micro_batches(step, rows)
         lost = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            seed = step_seed(self.seed, step, accelerator.process_index, number)
-            torch.manual_seed(seed)
-            sequences = examples.sequences(part)
-            weights = torch.from_numpy(examples.weights[sequences] * (0.0 if idle else 1.0))
-            targets = torch.from_numpy(self.task.targets_of(examples, sequences))
-            batch = collate_examples(examples, sequences)
+        part = next(parts, None)
+        while part is not None:
+            torch.manual_seed(part.seed)
+            following = next(parts, None)
             if self.graphed is not None:
-                lost += self.graphed(batch, targets, weights, factor=factor, seed=seed)
-                continue
-            weights, targets = weights.to(accelerator.device), targets.to(accelerator.device)
-            sync: Any = nullcontext() if last else accelerator.no_sync(self.model)
-            with sync:
-                batch = batch.to(accelerator.device)
-                loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
-                accelerator.backward(loss)
-            lost += loss.detach()
+                lost += self.graphed(part.batch, part.targets, part.weights, factor=factor, seed=part.seed)
+            else:
+                weights, targets = part.weights.to(accelerator.device), part.targets.to(accelerator.device)
+                # whole gradients are what shards are there to spare
+                synced = following is None or self.shards is not None
+                sync: Any = nullcontext() if synced else accelerator.no_sync(self.model)
+                with sync:
+                    batch = part.batch.to(accelerator.device)
+                    loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
+                    accelerator.backward(loss)
+                lost += loss.detach()
+            part = following
         if self.graphed is not None:
+            from regraft.engine.training.graphed import average_over_processes
+
             average_over_processes(self.graphed.gradients, accelerator.num_processes)
         if accelerator.num_processes > 1:
             lost = accelerator.reduce(lost, reduction="mean")
-        return float(lost)
+        return lost
+
+    def _parts(self, examples: Examples, rows: np.ndarray) -> list[tuple[np.ndarray, bool]]:
+        """This process's share of a step's rows in micro-batches, each with whether it counts. One that does not is there
+        for the others' sake, who wait: for its gradients, and for every layer where weights are shared out."""
+        shares = share_by_tokens(examples.lengths[rows], self.accelerator.num_processes)
+        number = self.accelerator.process_index
+        cut = [self._cut(examples, rows[s]) if n == number or self.shards else [] for n, s in enumerate(shares)]
+        spare = max(1, *(len(parts) for parts in cut)) - len(cut[number])
+        return [(part, True) for part in cut[number]] + [(rows[:1], False)] * spare
+
+    def _cut(self, examples: Examples, mine: np.ndarray) -> list[np.ndarray]:
+        return [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
 
 
 def out_of_memory(error: Exception) -> bool:

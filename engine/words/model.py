@@ -13,6 +13,7 @@ from regraft.engine.errors import ModelError
 from regraft.engine.features.encoder import GraftedEncoder, running_encoder
 from regraft.engine.files import new_folder
 from regraft.engine.heads.head import Head, HeadShape
+from regraft.engine.tasks.base import FIRST, TOKENS
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
@@ -47,13 +48,15 @@ class WordTable(nn.Module):
 
 
 def word_model(words: int, dimension: int, head: Head, *, trained: bool) -> GraftedEncoder:
-    pooling = "none" if head.reads_tokens else "mean"
+    pooling = "none" if head.reads_tokens or head.gives_tokens else "mean"
     return GraftedEncoder(WordTable(words, dimension, trained=trained), (0,), pooling, head=head)
 
 
 def running_words(model: GraftedEncoder) -> RunningModel:
     """The model set up to run packed; shown, as every model is, to give what the padded path gives."""
-    return running_encoder(model, 0, packing="auto", kernels="off")
+    head: Any = model.head
+    reads = TOKENS if head.gives_tokens else FIRST
+    return running_encoder(model, 0, packing="auto", kernels="off", reads=reads)
 
 
 def save_words(folder: Path, model: GraftedEncoder, tokenizer: Any, facts: dict[str, Any]) -> None:
@@ -81,7 +84,9 @@ def load_words(folder: Path, facts: dict[str, Any]) -> Trained:
     about = facts["words"]
     model = word_model(about["words"], about["dimension"], Head(HeadShape(**facts["head"])), trained=False)
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        # The scores of a CRF are in the task.
+        weights = {k: v for k, v in load_file(folder / WEIGHTS).items() if not k.startswith("crf.")}
+        model.load_state_dict(weights)
     except (OSError, RuntimeError) as error:
         raise ModelError(
             f"{folder / WEIGHTS}: cannot be read as the model that regraft.json describes: {error}"

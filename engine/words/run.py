@@ -7,15 +7,18 @@ from collections import Counter
 
 import torch
 
-from regraft.engine.data.tokens import tokenize
-from regraft.engine.examples import Examples
+from regraft.engine.data.rows import Rows
+from regraft.engine.errors import ConfigError
+from regraft.engine.heads.fits import check_head
 from regraft.engine.heads.head import build_head
 from regraft.engine.heads.run import accelerator_for
+from regraft.engine.tasks import task_class
+from regraft.engine.tasks.base import MARKED, TOKENS
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import _Run
-from regraft.engine.training.setup import Prepared, set_threads
-from regraft.engine.training.splits import read_splits
+from regraft.engine.training.setup import Prepared, examples_of, set_threads
+from regraft.engine.training.splits import read_parts
 from regraft.engine.training.step import Stepper
 from regraft.engine.words.model import running_words, save_words, word_model
 from regraft.engine.words.tokens import SPECIAL, UNKNOWN, choose_unit, count_words, word_tokenizer
@@ -33,26 +36,24 @@ class WordsRun(_Run):
         config = self.config
         self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
         self.threads, self.precision = set_threads(config), "fp32"
-        task, parts = read_splits(config)
-        texts = [*parts["train"][0].texts, *(parts["train"][0].pairs or ())]
+        kind = task_class(config.task.type)
+        check_head(config.head.type, config.task.type, kind.reads)
+        if kind.reads == MARKED:
+            raise ConfigError(
+                f"task.type: {config.task.type}: it learns over a pretrained vocabulary; use method: full"
+            )
+        task, parts = read_parts(config)
+        texts = [*parts["train"].texts, *_second_texts(parts["train"])]
         words = self.choose_words(texts)
         tokenizer = word_tokenizer(words, self.unit, self.lowercase)
         limit = config.model.max_length or MOST_TOKENS
-        splits, notes = {}, {}
-        for name, (rows, targets) in parts.items():
-            store = tokenize(rows, tokenizer, limit)
-            tokens, unknown = int(store.lengths.sum()), int((store.ids == UNKNOWN).sum())
-            splits[name] = Examples(rows, store, targets, task.weights(targets))
-            notes[name] = {
-                "path": rows.path,
-                "rows": len(rows),
-                "dropped": dict(rows.dropped),
-                "truncated_rows": store.truncated,
-                "tokens": tokens,
-                "unknown_tokens": unknown,
-                "labels": task.label_counts(targets),
-            }
-            self.say(f"{name:5} {len(rows):,} rows, {tokens:,} {self.unit}s, {unknown / max(1, tokens):.1%} unknown")
+        splits, notes = examples_of(config, task, parts, tokenizer, limit)
+        for name, made in splits.items():
+            tokens, unknown = notes[name]["tokens"], int((made.store.ids == UNKNOWN).sum())
+            notes[name]["unknown_tokens"] = unknown
+            self.say(
+                f"{name:5} {len(made.rows):,} rows, {tokens:,} {self.unit}s, {unknown / max(1, tokens):.1%} unknown"
+            )
         self.data = Prepared(task, tokenizer, limit, splits, notes)
 
     def choose_words(self, texts: list[str]) -> list[str]:
@@ -90,14 +91,16 @@ class WordsRun(_Run):
         torch.manual_seed(training.seed)
         dimension = self.vectors.dimension if self.vectors else config.words.dimension
         size = self.data.tokenizer.backend.get_vocab_size()
-        head = build_head(config.head, 1, dimension, self.data.task.outputs)
-        head.start_at(self.data.task.scale)
+        task = self.data.task
+        head = build_head(config.head, 1, dimension, task.outputs, tokens=task.reads == TOKENS)
+        head.start_at(task.scale)
         learned = config.words.trained or self.vectors is None
         self.model = word_model(size, dimension, head, trained=learned)
+        task.attach(self.model)
         self.fill(self.model.backbone.embedding.weight)
         self.running = running_words(self.model)
         self.running.to(self.accelerator.device)
-        self.plan = Plan(len(train.rows), training.batch_size, training.seed, training.epochs, training.max_steps)
+        self.plan = Plan(len(train), training.batch_size, training.seed, training.epochs, training.max_steps)
         self.optimizer = build_optimizer(self.model, training)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
@@ -106,7 +109,7 @@ class WordsRun(_Run):
             model=self.accelerator.prepare_model(self.running),
             optimizer=self.optimizer,
             parameters=self.parameters,
-            task=self.data.task,
+            task=task,
             examples=train,
             seed=training.seed,
             token_budget=TOKEN_BUDGET if training.token_budget == "auto" else int(training.token_budget),
@@ -152,3 +155,11 @@ class WordsRun(_Run):
         from regraft.engine.words.model import WEIGHTS
 
         self.model.load_state_dict(load_file(self.folder / "best" / WEIGHTS))
+
+
+def _second_texts(rows: Rows) -> list[str]:
+    """Pairs that are texts, and what else a task reads beside one: choices."""
+    found = []
+    for beside in rows.pairs or ():
+        found += [beside] if isinstance(beside, str) else [part for part in beside or () if isinstance(part, str)]
+    return found

@@ -90,7 +90,9 @@ def test_a_model_that_fails_on_everything_is_not_ready_until_it_answers_again() 
         statuses.append((await client.post("/predict", json={"inputs": "good"})).status_code)
         return statuses
 
-    assert over_http(talk, run=wrapped, probe_every=0.05) == [200, 500, 503, 200, 503, 200]
+    first, failing, *rest = over_http(talk, run=wrapped, probe_every=0.05)
+    assert failing in (500, 503)  # the request met the failure itself, or the probe was faster
+    assert [first, *rest] == [200, 503, 200, 503, 200]
 
 
 def test_one_text_that_the_model_cannot_answer_leaves_it_ready() -> None:

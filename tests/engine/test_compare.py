@@ -136,3 +136,58 @@ def test_budgets_that_are_none_are_refused(make_config, text):
     done = regraft("compare", make_config(), f"--budget={text}")
     assert done.returncode == 2
     assert "--budget" in done.stderr
+
+
+def test_tagging_is_compared_on_the_same_words(make_config, tmp_path):
+    from test_token_heads import conll
+
+    data = {"train": conll(tmp_path / "t.conll", 120, 1), "dev": conll(tmp_path / "d.conll", 30, 2), "format": "conll"}
+    path = make_config(
+        data=data,
+        task={"type": "tagging"},
+        features={"store": str(tmp_path / "store")},
+        training={"epochs": 1, "threads": 1, "batch_size": 16, "learning_rate": 3e-3},
+    )
+    ways = "majority,linear,full"
+    done = regraft("compare", path, "--budget", "4m", "--seeds", "1", "--shares", "1", "--ways", ways, timeout=200)
+    assert done.returncode == 0, done.stderr
+    by_name = {w["name"]: w for w in json.loads((tmp_path / "run-compare" / "compare.json").read_text())["ways"]}
+    assert by_name["majority"]["why"] == "for one answer a text only"
+    for name in ("linear", "full"):
+        (point,) = by_name[name]["points"]
+        assert point["rows"] == 120 and point["held"] == 30
+        assert point["metrics"]["f1"] > 0.3
+
+
+@pytest.mark.parametrize("words_given", [True, False])
+def test_rows_with_tags_are_written_as_they_were_read(tmp_path, words_given):
+    from regraft.engine.compare.rows import write_rows
+    from regraft.engine.config import DataConfig
+    from regraft.engine.data.rows import Rows
+    from regraft.engine.tasks import Tagging
+
+    text, spans = "Jo Smith, Rome!", ((0, 8, "PER"), (10, 14, "LOC"))
+    words = ((0, 2), (3, 8), (8, 9), (10, 14), (14, 15))
+    rows = Rows("train", "t", [text], [spans], np.arange(1), pairs=[words] if words_given else None)
+    task = Tagging(("LOC", "PER"), tags="bioes")
+    write_rows(tmp_path / "r.jsonl", rows, {"text": "text", "label": "label"}, task)
+    data = DataConfig(train=str(tmp_path / "r.jsonl"), tag_scheme=task.tags)
+    again = Tagging.read(data.train, data, split="train")
+    assert [again.texts[0][s:e] for s, e, _ in again.labels[0]] == ["Jo Smith", "Rome"]
+    assert [kind for _, _, kind in again.labels[0]] == ["PER", "LOC"]
+    if words_given:
+        assert [again.texts[0][s:e] for s, e in again.pairs[0]] == ["Jo", "Smith", ",", "Rome", "!"]
+    else:
+        assert again.texts == [text] and again.pairs is None
+
+
+def test_the_page_draws_every_ways_spread():
+    from regraft.engine.compare.spread import spread_chart
+
+    ways = [result("one <b>", [0.8, 0.9], 1.0), result("two", [0.5], 1.0), Result("three", "three")]
+    drawn = spread_chart(ways, "accuracy")
+    assert drawn.count('class="dot c1"') == 2
+    assert drawn.count('class="line c1"') == 1  # one seed has no spread
+    assert "one &lt;b&gt;: 0.8500 ± 0.0707" in drawn
+    assert "three" not in drawn
+    assert spread_chart([Result("a", "a")], "accuracy") is None

@@ -7,14 +7,24 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertForPreTraining,
+    ModernBertConfig,
+)
 
 from regraft.engine.buckets import Bucket, bucket_of, fill_up, round_up
 from regraft.engine.fast_gpu import bind_fused
 from regraft.engine.models import RunningModel
 from regraft.engine.packing import pack
+from regraft.engine.tasks.answering import Answering
+from regraft.engine.tasks.tagging import NO_TARGET, Tagging
 from regraft.engine.training.graphed import GraphedGradients, why_not_graphed
+from regraft.engine.training.graphed_losses import step_loss
 from regraft.engine.varlen_layout import VarlenLayout
+from regraft.kernels.choice import forced
 
 
 def batch_of(*lengths: int):
@@ -28,7 +38,8 @@ def bound(folder, *, dropout: float = 0.0, last_layer: bool = True) -> RunningMo
     running = RunningModel(model, pad_token_id=0)
     running.run_packed()
     if last_layer:
-        running.use_kernels()
+        with forced("reference"):  # the CPU's own fused modules would take the places of these
+            running.use_kernels()
     assert bind_fused(running)
     return running
 
@@ -80,7 +91,7 @@ def test_every_kind_of_module_is_bound_on_bert_and_unbound_when_the_model_runs_p
     del running.layout_of
     for module in running.model.modules():
         vars(module).pop("forward", None)
-    found = bind_fused(running)
+    found = {kind: count for kind, count in bind_fused(running).items() if count}
     assert found == {"dropout + residual + LayerNorm": 4, "bias + GELU": 2, "embeddings + LayerNorm": 1}
     running.run_padded("to see")
     assert not any("forward" in vars(m) for m in running.model.modules())
@@ -141,6 +152,8 @@ def test_what_cannot_be_captured_says_why(tiny_model):
     assert "fp16" in why_not_graphed(running, precision="fp16", kernels="auto", capturable=False)
     assert "on cpu" in why_not_graphed(running, precision="bf16", kernels="auto")
     assert "off" in why_not_graphed(running, precision="bf16", kernels="off")
+    changing = why_not_graphed(running, precision="bf16", kernels="auto", capturable=False, unfreezing=True)
+    assert "unfreeze.gradual" in changing
     running.run_padded("it mixes neighbours")
     assert "mixes neighbours" in why_not_graphed(running, precision="bf16", kernels="auto", capturable=False)
 
@@ -170,7 +183,7 @@ def test_a_bucket_is_what_it_says():
 
 def test_a_run_trained_through_buckets_ends_where_a_plain_one_does(make_config, tiny_model, tmp_path, monkeypatch):
     from regraft.engine.config import load_config
-    from regraft.engine.training import graphed, run
+    from regraft.engine.training import run, ways
 
     folder = tmp_path / "without dropout"
     shutil.copytree(tiny_model, folder)
@@ -183,16 +196,169 @@ def test_a_run_trained_through_buckets_ends_where_a_plain_one_does(make_config, 
         plain(running)
         assert bind_fused(running)
 
-    def uncaptured(running, task, parameters, *, autocast, **_):
-        return GraphedGradients(running, graphed.loss_of(task), parameters, autocast=autocast, capture=False)
+    def uncaptured(run):
+        loss, autocast = step_loss(run.data.task), run.accelerator.autocast
+        run.stepper.graphed = GraphedGradients(run.running, loss, run.parameters, autocast=autocast, capture=False)
+        ways.capture_update(run.stepper, capture=False)
+        assert run.stepper.update is not None
 
     losses = {}
     for name in ("plain", "buckets"):
         if name == "buckets":
             monkeypatch.setattr(RunningModel, "use_kernels", as_on_a_gpu)
-            monkeypatch.setattr(graphed, "graph_steps", uncaptured)
-        training = {"max_steps": 3, "batch_size": 8, "learning_rate": 3e-3, "precision": "fp32", "token_budget": 40}
+            monkeypatch.setattr(ways, "set_way", uncaptured)
+        training = {"max_steps": 6, "batch_size": 24, "learning_rate": 3e-3, "precision": "fp32", "token_budget": 40}
         path = make_config(f"{name}.yaml", run=str(tmp_path / name), training=training, model={"name": str(folder)})
         found = losses[name] = []
         run.train(load_config(path), on_step=lambda info, to=found: to.append(info.loss), quiet=True)
     assert losses["buckets"] == pytest.approx(losses["plain"], rel=1e-3)
+
+
+# ---- ModernBERT -----------------------------------------------------------------------------------------------------
+
+
+def modern(
+    make=AutoModelForSequenceClassification, *, reads: str = "first", num_labels: int = 3, **options
+) -> RunningModel:
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, vocab_size=200, num_labels=num_labels,
+        max_position_embeddings=300, local_attention=16, global_attn_every_n_layers=3, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, cls_token_id=1, sep_token_id=2, **options,
+    )  # fmt: skip
+    model = make.from_config(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:  # larger than the usual start, so that mistakes show
+            torch.nn.init.normal_(weight, std=0.3)
+    running = RunningModel(model, pad_token_id=0, reads=reads)
+    running.run_packed()
+    assert running.packed, running.reason
+    return running
+
+
+def test_a_rotary_model_as_it_is_exported_gives_the_same_logits():
+    from regraft.engine.graphs import GraphLayout
+
+    running = modern().eval()
+    batch = batch_of(40, 1, 17)
+    lengths = torch.tensor(batch.lengths)
+    cells = torch.arange(40)
+    inside = cells < lengths[:, None]
+    starts = batch.cu_seqlens[:-1, None].long()
+    layout = GraphLayout(torch.where(inside, starts + cells, 0), inside.flatten().nonzero()[:, 0], lengths)
+    with torch.no_grad():
+        expected = running(batch)
+        running.use_kernels()
+        found = running.run_layout(layout, batch.input_ids, batch.position_ids, None)
+        fast = running(batch)
+    assert "forward" in vars(running.model.model.layers[1].attn)
+    assert torch.allclose(fast, expected, atol=2e-5, rtol=1e-4)
+    assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"classifier_pooling": "mean"}, {"mlp_bias": True, "attention_bias": True}])
+def test_a_gated_and_rotary_model_gives_the_same_logits_and_gradients_by_fused_modules(options):
+    batch = batch_of(40, 1, 17, 33)  # longer than the window of the local layers
+    found = []
+    for fused in (False, True):
+        running = modern(**options).double().eval()
+        if fused:
+            assert {k: v for k, v in bind_fused(running).items() if v} == {"GeGLU": 3, "rotary attention": 3}
+        logits = running(batch)
+        logits.square().sum().backward()
+        found.append((logits.detach(), gradients(running.model)))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6, rtol=1e-5)  # its angles are in fp32
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert torch.allclose(found[1][1][name], gradient, atol=1e-5 * float(gradient.abs().max()) + 1e-9), name
+
+
+def test_a_module_that_only_looks_like_a_gated_one_stays_as_it_is(monkeypatch):
+    running = modern().eval()
+    with torch.no_grad():
+        before = running(batch_of(9, 4))
+    mlp = running.model.model.layers[1].mlp
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: self.Wo(self.act(self.Wi(x).chunk(2, -1)[1])))
+    with torch.no_grad():
+        other = running(batch_of(9, 4))
+    assert not torch.allclose(before, other)
+    assert bind_fused(running)["GeGLU"] == 0
+    assert "forward" not in vars(mlp)
+
+
+def test_a_checkpointed_model_is_left_alone_for_its_layers_run_twice(tiny_model):
+    running = bound(tiny_model, last_layer=False)
+    running.run_padded("to start anew")
+    running.run_packed()
+    running.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert bind_fused(running) == {}
+    assert not any("forward" in vars(m) for m in running.model.modules())
+
+
+def test_a_model_with_two_kinds_of_logits_is_bound_too(tiny_model):
+    running = RunningModel(BertForPreTraining.from_pretrained(tiny_model), pad_token_id=0, reads="marked")
+    running.run_packed()
+    assert bind_fused(running)["dropout + residual + LayerNorm"] == 4
+    assert "marked tokens" in why_not_graphed(running, precision="bf16", kernels="auto", capturable=False)
+
+
+# ---- heads that read every token ------------------------------------------------------------------------------------
+
+
+def tagged(batch):
+    """Tags at the first token of each word; some tokens belong to no word, one sequence has none at all."""
+    rows = []
+    for length in batch.lengths:
+        tags = torch.randint(0, 3, (length,))
+        tags[torch.rand(length) < 0.4] = NO_TARGET
+        rows.append(torch.full((length,), NO_TARGET) if length == 4 else tags)
+    tags = torch.cat(rows)
+    return torch.stack([tags, torch.arange(len(tags))], dim=1)
+
+
+def answered(batch):
+    return torch.stack([torch.randint(0, n, (2,)) for n in batch.lengths])
+
+
+TOKEN_TASKS = {
+    "tagging": (lambda: Tagging(("A",), tags="iob2", label_smoothing=0.1), AutoModelForTokenClassification, tagged),
+    "answering": (Answering, AutoModelForQuestionAnswering, answered),
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_TASKS)
+@pytest.mark.parametrize("encoder", ["bert", "modern"])
+def test_a_head_that_reads_every_token_has_the_loss_and_gradients_of_its_task(tiny_model, name, encoder):
+    make_task, make, make_targets = TOKEN_TASKS[name]
+    task = make_task()
+    torch.manual_seed(0)
+    if encoder == "bert":
+        running = RunningModel(
+            make.from_pretrained(tiny_model, num_labels=task.outputs), pad_token_id=0, reads="tokens"
+        )
+        running.run_packed()
+    else:
+        running = modern(make, reads="tokens", num_labels=task.outputs)
+    assert bind_fused(running)
+    assert why_not_graphed(running, precision="bf16", kernels="auto", capturable=False, task=task) is None
+    running.eval()
+    graphed = GraphedGradients(running, step_loss(task), list(running.parameters()), capture=False)
+    for lengths in ((9, 4, 30), (20, 4, 11, 7)):
+        batch = batch_of(*lengths)
+        targets, weights = make_targets(batch), torch.rand(len(lengths)) + 0.5
+        running.zero_grad(set_to_none=True)
+        found = float(graphed(batch, targets, weights, factor=0.25))
+        ours = gradients(running)
+        running.zero_grad(set_to_none=True)
+        wanted = task.batch_loss(running(batch), targets, weights, batch.lengths) * 0.25
+        wanted.backward()
+        assert found == pytest.approx(wanted.item(), rel=1e-5)
+        for key, gradient in gradients(running).items():
+            assert torch.allclose(ours[key], gradient, atol=1e-5 * max(1.0, float(gradient.abs().max()))), key
+
+
+@pytest.mark.parametrize(
+    "options, said", [({"crf": True}, "a CRF"), ({"alignment": "mean"}, "a word's tokens are averaged")]
+)
+def test_a_loss_whose_shape_is_in_the_data_says_why_it_is_not_captured(options, said):
+    assert said in step_loss(Tagging(("A",), tags="iob2", **options))

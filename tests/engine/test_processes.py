@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import regraft
+from ranks import ended, start_ranks
 from regraft.engine.config import load_config
 from regraft.engine.training.run import train
 
@@ -88,3 +89,76 @@ def test_a_number_of_processes_that_does_not_fit_is_refused_at_once(arguments, w
     done = regraft("train", make_config(), *arguments)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+def test_a_rank_without_the_data_ends_every_rank_with_its_number_and_reason(make_config, tmp_path):
+    """Two machines, as it were, and the file is on one of them alone; nothing stops the other rank from outside."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    path = make_config()
+    (tmp_path / "train.csv").rename(here / "train.csv")
+    ranks = start_ranks(["train", path, "--set", "data.train=train.csv"], [here, there])
+    for code, errors in ended(ranks):
+        assert code == 2, errors
+        assert "rank 1 of 2" in errors
+        assert "train.csv: no such file" in errors
+        assert "Traceback" not in errors
+
+
+def test_a_full_disk_ends_every_rank_and_space_lets_the_run_go_on(make_config, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        path = make_config(training={"threads": 1, "sharding": "full", "epochs": 1})
+        (disk / "fill").write_bytes(b"0" * 900_000)
+        ranks = start_ranks(["train", path, "--set", f"run={disk / 'run'}"], [tmp_path, tmp_path])
+        for code, errors in ended(ranks):
+            assert code == 2, errors
+            assert "rank 0 of 2" in errors
+            assert "the disk is full" in errors
+            assert "Traceback" not in errors
+        (disk / "fill").unlink()
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert train(load_config(path, [f"run={disk / 'run'}"]), quiet=True).steps == 8
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_slow_rank_is_waited_for_and_a_stopped_one_is_named(make_config, tmp_path):
+    path = make_config(**WHOLE)
+    settings = ["training.epochs=100000", "training.checkpoint_every=5", "training.evaluate_every=100000"]
+    settings += ["training.timeout=8"]
+    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2"]
+    command += [x for s in settings for x in ("--set", s)]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        steps_after(tmp_path / "run", 0, parent)
+        slow = next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == "1")
+        slow.suspend()  # SIGSTOP
+        time.sleep(1.0)
+        before = last_step(tmp_path / "run")
+        slow.resume()
+        steps_after(tmp_path / "run", before, parent)  # it was waited for, and the run goes on
+        slow.suspend()
+        _, errors = parent.communicate(timeout=60)
+    finally:
+        parent.kill()
+    assert parent.returncode == 2
+    assert "rank 1 of 2 did not come within 8 seconds (training.timeout)" in errors  # by the rank that waited
+    assert "rank 1 of 2 was stopped (SIGSTOP)" in errors  # by the process that watches
+    assert not slow.is_running() or slow.status() == psutil.STATUS_ZOMBIE
+
+
+def last_step(folder: Path) -> int:
+    return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")), default=0)
+
+
+def steps_after(folder: Path, step: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while last_step(folder) <= step:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)

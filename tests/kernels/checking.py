@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 
 import pytest
 import torch
@@ -64,26 +65,95 @@ def hold_to_twice_the_error(
 ) -> None:
     """Values and all gradients of `kernel` differ from `plain` in fp64 at most twice as much as `plain` in `dtype`.
 
-    Shape: inputs are fp64. They are rounded to `dtype` first, so that what is held against a kernel is its own error.
+    `inputs` come from fresh(); where several draws are needed, the later ones are of the same size. They are rounded to
+    `dtype` first, so that what is held against a kernel is its own error.
     """
-    inputs = [x.to(dtype).double() for x in inputs]
-    with torch.no_grad():
-        weight = torch.randn_like(plain(*inputs)).to(dtype).double()
-    exact = values_and_gradients(plain, inputs, torch.float64, weight)
-    theirs = values_and_gradients(plain, inputs, dtype, weight)
-    with forced(form), poisoned():
-        ours = values_and_gradients(kernel, inputs, dtype, weight)
     labels = ["out", *(names or [f"gradient of input {i}" for i in range(len(inputs))])]
-    for label, wanted, other, found in zip(labels, exact, theirs, ours, strict=True):
-        assert found.dtype == dtype, f"{label} is {found.dtype}"
+    sizes = [float(x.square().mean().sqrt()) if x.numel() else 0.0 for x in inputs]
+    first = True
+
+    def measure() -> list[Measured]:
+        nonlocal first
+        drawn = inputs if first else [fresh(*x.shape, scale=size) for x, size in zip(inputs, sizes, strict=True)]
+        first = False
+        drawn = [x.to(dtype).double() for x in drawn]
+        with torch.no_grad():
+            weight = torch.randn_like(plain(*drawn)).to(dtype).double()
+        exact = values_and_gradients(plain, drawn, torch.float64, weight)
+        theirs = values_and_gradients(plain, drawn, dtype, weight)
+        with forced(form), poisoned():
+            ours = values_and_gradients(kernel, drawn, dtype, weight)
+        return [Measured.of(*each) for each in zip(labels, exact, theirs, ours, strict=True)]
+
+    hold_over_draws(measure)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The largest errors of one result: a kernel's, plain torch's, and what one rounding of the result may be off by."""
+
+    label: str
+    error: float
+    plain_error: float
+    rounding: float
+
+    @classmethod
+    def of(cls, label: str, exact: Tensor, plain: Tensor, found: Tensor, *, roundings: int = 1) -> Measured:
+        """Shape: three tensors alike; `exact` in fp64, `plain` and `found` in the dtype under test, `found` finite."""
+        assert found.dtype == plain.dtype, f"{label} is {found.dtype}"
         assert torch.isfinite(found).all(), f"{label} holds values that are not finite"
-        error = float((found.double() - wanted).abs().max()) if found.numel() else 0.0
-        plain_error = float((other.double() - wanted).abs().max()) if found.numel() else 0.0
-        # a result that plain torch happens to hit exactly may still be off by one rounding
-        one_rounding = torch.finfo(dtype).eps * float(wanted.abs().max()) if found.numel() else 0.0
-        assert error <= 2 * max(plain_error, one_rounding), (
-            f"{label}: error {error:.3g}, plain torch's {plain_error:.3g}"
+        if not found.numel():
+            return cls(label, 0.0, 0.0, 0.0)
+        size = torch.finfo(found.dtype).eps * float(exact.abs().max())
+        errors = (float((x.double() - exact).abs().max()) for x in (found, plain))
+        return cls(label, *errors, roundings * size)
+
+    def __or__(self, other: Measured) -> Measured:
+        """The largest of both draws."""
+        pairs = zip(astuple(self)[1:], astuple(other)[1:], strict=True)
+        return Measured(self.label, *(max(pair) for pair in pairs))
+
+    @property
+    def holds(self) -> bool:
+        # a result that plain torch happens to hit exactly may still be off by a rounding
+        return self.error <= 2 * max(self.plain_error, self.rounding)
+
+
+def hold_over_draws(measure: Callable[[], Sequence[Measured]], draws: int = 8) -> None:
+    """Largest errors are at most twice plain torch's, over as many draws as it takes to tell, at most `draws`.
+
+    In one draw of few values chance decides which side rounds luckily, and plain torch may be off by nothing. Errors of
+    all draws are kept, so one that is truly too large stays too large.
+    """
+    worst = measure()
+    for _ in range(draws - 1):
+        if all(each.holds for each in worst):
+            return
+        worst = [a | b for a, b in zip(worst, measure(), strict=True)]
+    for each in worst:
+        assert each.holds, (
+            f"{each.label}: error {each.error:.3g}, plain torch's {each.plain_error:.3g} in {draws} draws"
         )
+
+
+def attention_by_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: list[int],
+    scale: float,
+    window: int | None = None,
+    keys: list[int] | None = None,
+) -> Tensor:
+    """Plain attention, sequence by sequence: q [M, H, D], k, v [T, H, D]; `keys`: lengths of k's where they differ."""
+    out = []
+    for a, b, c in zip(q.split(lengths), k.split(keys or lengths), v.split(keys or lengths), strict=True):
+        scores = torch.einsum("ihd,jhd->hij", a, b) * scale
+        if window is not None:
+            at = torch.arange(len(a))
+            scores = scores.masked_fill(((at[:, None] - at[None, :]).abs() > window)[None], float("-inf"))
+        out.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), c))
+    return torch.cat(out)
 
 
 def hold_gradients_to_finite_differences(function: Callable[..., Tensor], inputs: Sequence[Tensor], form: str) -> None:

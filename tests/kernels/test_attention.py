@@ -6,24 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from checking import Measured, attention_by_sequence, hold_over_draws
 from regraft.kernels.attention import first_row_attention, plan_groups, plan_layout
 from regraft.kernels.attention import packed_attention as attention_of_merged
+from regraft.kernels.choice import forced
 from regraft.kernels.dropout import scale_of
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, layout, **options) -> Tensor:
     return attention_of_merged(torch.stack((q, k, v), dim=1), layout, **options)
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float, window: int | None = None) -> Tensor:
-    out = []
-    for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        scores = torch.einsum("ihd,jhd->hij", a, b) * scale
-        if window is not None:
-            at = torch.arange(len(a))
-            scores = scores.masked_fill(((at[:, None] - at[None, :]).abs() > window)[None], float("-inf"))
-        out.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), c))
-    return torch.cat(out)
 
 
 def layout_of(lengths: list[int], group_cost: int = 6000):
@@ -38,24 +29,26 @@ LENGTHS = [[1], [5, 5, 5], [97, 1, 13, 13, 40], [3, 1025, 2]]
 @pytest.mark.parametrize("group_cost", [0, 6000, 10**9])
 @pytest.mark.parametrize("window", [None, 4])
 def test_every_token_attends_to_its_own_sequence_alone(lengths, group_cost, window):
-    torch.manual_seed(torch.seed() % 2**31)
-    q, k, v = (torch.randn(sum(lengths), 3, 8, dtype=torch.float64) for _ in range(3))
-    found = packed_attention(q.float(), k.float(), v.float(), layout_of(lengths, group_cost), scale=0.4, window=window)
-    expected = reference(q, k, v, lengths, 0.4, window)
-    plain = reference(q.float(), k.float(), v.float(), lengths, 0.4, window)
-    allowed = 2 * (plain.double() - expected).abs().max() + 1e-7
-    assert (found.double() - expected).abs().max() <= allowed
+    hold_to_plain(lengths, (3, 8), torch.float32, layout_of(lengths, group_cost), 0.4, window)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_error_is_at_most_twice_that_of_plain_torch_in_the_same_dtype(dtype):
+@pytest.mark.parametrize("form", ["auto", "reference"])
+def test_error_is_at_most_twice_that_of_plain_torch_in_the_same_dtype(form, dtype):
     lengths = [7, 30, 30, 2]
-    q, k, v = (torch.randn(sum(lengths), 4, 32, dtype=torch.float64) for _ in range(3))
-    expected = reference(q, k, v, lengths, 32**-0.5)
-    plain = reference(*(x.to(dtype) for x in (q, k, v)), lengths, 32**-0.5)
-    found = packed_attention(*(x.to(dtype) for x in (q, k, v)), layout_of(lengths), scale=32**-0.5)
-    worst = (plain.double() - expected).abs().max()
-    assert (found.double() - expected).abs().max() <= 2 * worst + 1e-7
+    with forced(form):
+        hold_to_plain(lengths, (4, 32), dtype, layout_of(lengths), 32**-0.5)
+
+
+def hold_to_plain(lengths, heads, dtype, layout, scale, window=None):
+    def measure():
+        exactly = [torch.randn(sum(lengths), *heads, dtype=torch.float64) for _ in range(3)]
+        rounded = [x.to(dtype) for x in exactly]
+        expected = attention_by_sequence(*exactly, lengths, scale, window)
+        plain = attention_by_sequence(*rounded, lengths, scale, window)
+        return [Measured.of("out", expected, plain, packed_attention(*rounded, layout, scale=scale, window=window))]
+
+    hold_over_draws(measure)
 
 
 @pytest.mark.parametrize("group_cost", [0, 10**9])

@@ -13,17 +13,19 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import machine
+from kernels_adapters import adapter_cases
 from kernels_heads import head_cases
 
-RESULT = Path(__file__).resolve().parent / "results" / "kernels.json"
+RESULT = Path(__file__).resolve().parent / "results" / "kernels_gpu.json"
 QUANTILES = (0.5, 0.2, 0.8)
 COMPILE_SECONDS = 45.0  # torch.compile gets this long in all; later cases go without it, and the result says so
 
@@ -39,7 +41,7 @@ class Case:
     forward_work: float
     backward_work: float
     unit: str = "bytes"
-    keys: dict = field(default_factory=dict)
+    keys: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,20 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="names of kernels that contain this")
     parser.add_argument("--seconds", type=float, default=110.0, help="start no further case after this (%(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/kernels.json on a GPU")
+    parser.add_argument(
+        "--hand-over",
+        action="store_true",
+        help="fill the table that says whose attention runs, nothing else",
+    )
+    parser.add_argument("--out", type=Path, help="JSON file; default bench/results/kernels_gpu.json on a GPU")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         sys.exit("no CUDA device; --device cpu runs tiny shapes to see that it works")
+    if options.hand_over:
+        measure_hand_over(options)
+        return
     began = time.perf_counter()
     ceilings = measure_ceilings(options.device)
     print(f"copy {ceilings['bytes'] / 1e12:.2f} TB/s, bf16 product {ceilings['FLOPs'] / 1e12:.0f} TFLOP/s", flush=True)
@@ -101,15 +111,14 @@ def main() -> None:
     out = options.out or (RESULT if options.device != "cpu" and not options.only else None)
     if out is not None:
         result = {
-            "name": "kernels",
-            "command": "python bench/kernels.py",
+            "name": "kernels_gpu",
+            "command": "python bench/kernels_gpu.py",
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine.facts(),
             "versions": {"torch": torch.__version__, "triton": triton_version()},
             "ceilings": ceilings,
             "rows": [asdict(row) for row in rows],
             "not measured": skipped,
-            "hand over": hand_over(rows),
         }
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -165,9 +174,12 @@ def measure(case: Case, who: str, form: Callable, ceilings: dict[str, float], de
         leaves = [x for x in case.inputs if x.requires_grad]
         with torch.no_grad():
             forward = timed(lambda: form(*case.inputs), device)
-        backward = timed(lambda: out.backward(upstream, retain_graph=True), device, leaves)
+        found = [("forward", forward, case.forward_work)]
+        if leaves:
+            backward = timed(lambda: out.backward(upstream, retain_graph=True), device, leaves)
+            found.append(("backward", backward, case.backward_work))
     rows = []
-    for direction, ms, work in (("forward", forward, case.forward_work), ("backward", backward, case.backward_work)):
+    for direction, ms, work in found:
         rate = work / ms[0] * 1e3
         rows.append(Row(case.name, case.shape, direction, who, *ms, rate, case.unit, rate / ceilings[case.unit]))
     return rows
@@ -186,6 +198,7 @@ def cases(device: str) -> Iterator[Case]:
             yield attention_case(size, length, sequences, p, device)
 
     yield from head_cases(device, Case, leaf)
+    yield from adapter_cases(device, Case, leaf)
 
 
 def leaf(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -253,18 +266,64 @@ def attention_case(size: int, length: int, sequences: int, p: float, device: str
     work = 4 * heads * size * sequences * length**2
     inputs = [leaf(sequences * length, 3, heads, size, device=device)]
     shape = f"{sequences} x {length}, head {size}, p {p}"
-    return Case("attention", shape, inputs, forms, work, 2.5 * work, "FLOPs")
+    keys = {"size": size, "length": length, "p": p}
+    return Case("attention", shape, inputs, forms, work, 2.5 * work, "FLOPs", keys)
 
 
-def hand_over(rows: Sequence[Row]) -> dict[str, str]:
-    """For each attention shape: whose forward and backward together are faster. What `varlen.HAND_OVER` is made from."""
+def hand_over_cases(device: str) -> Iterator[Case]:
+    """Attention over 16k tokens at every size of the table that decides whose kernel runs; on CPU one tiny shape."""
+    from regraft.kernels.hand_over import LENGTHS
+    from regraft.kernels.varlen import HEAD_SIZES
+
+    sizes, lengths, tokens = (HEAD_SIZES, LENGTHS, 16384) if device != "cpu" else ((32,), (64,), 128)
+    for size in sizes:
+        for length in lengths:
+            for p in (0.0, 0.1):
+                yield attention_case(size, length, max(1, tokens // length), p, device)
+
+
+def entries(rows: Sequence[Row], cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Whose forward and backward together are faster, by the key of the table. `cases`: size, length and p of each shape."""
+    from regraft.kernels.hand_over import key_of
+
     totals: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.name == "attention" and row.who in ("regraft", "aten"):
             by_who = totals.setdefault(row.shape, {})
             by_who[row.who] = by_who.get(row.who, 0.0) + row.milliseconds
-    both = {shape: t for shape, t in totals.items() if len(t) == 2}
-    return {shape: "own" if t["regraft"] < t["aten"] else "aten" for shape, t in both.items()}
+    found = {}
+    for shape, t in totals.items():
+        if len(t) == 2:
+            about = cases[shape]
+            key = key_of(about["size"], about["length"], about["p"] > 0)
+            found[key] = "own" if t["regraft"] < t["aten"] else "aten"
+    return found
+
+
+def measure_hand_over(options: argparse.Namespace) -> None:
+    """Fill the table that the attention kernel reads, for the GPU at hand."""
+    from regraft.kernels.hand_over import TABLE, write_table
+
+    ceilings = measure_ceilings(options.device)
+    rows: list[Row] = []
+    about: dict[str, dict[str, Any]] = {}
+    for case in hand_over_cases(options.device):
+        about[case.shape] = case.keys
+        for who in ("regraft", "aten"):
+            if who in case.forms:
+                rows += measure(case, who, case.forms[who], ceilings, options.device)
+    for line in table(rows):
+        print(line)
+    found = entries(rows, about)
+    if options.device == "cpu":
+        print("nothing is kept of a CPU: torch has no such attention there")
+        return
+    major, minor = torch.cuda.get_device_capability()
+    told = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton_version()}
+    told["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    write_table(options.out or TABLE, 10 * major + minor, found, told)
+    own = sum(who == "own" for who in found.values())
+    print(f"{own} of {len(found)} shapes go to our own kernel: {options.out or TABLE}")
 
 
 def table(rows: Sequence[Row]) -> list[str]:

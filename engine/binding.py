@@ -1,0 +1,84 @@
+"""Other forwards bound on instances of modules, by their form, and kept only where the logits stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from regraft.engine.models import RunningModel
+
+PROOF_TOLERANCE = 1e-4
+Kinds = dict[str, tuple[Callable[[Any], bool], Callable[..., Any]]]
+
+
+def bind_kinds(running: RunningModel, kinds: Kinds) -> dict[str, int]:
+    """Bind each kind's forward where a module is built alike and the logits stay the same; how many of each were."""
+    batch = small_batch(running)
+    before: Any = None
+    bound = {}
+    for name, (built_alike, forward) in kinds.items():
+        found = [m for m in running.model.modules() if "forward" not in vars(m) and built_alike(m)]
+        if found and before is None:
+            before = logits_of_small(running, batch)
+        for module in found:
+            module.forward = forward.__get__(module)
+        try:
+            kept = not found or same(logits_of_small(running, batch), before)
+        except Exception:  # a module of like parts that is called in another way
+            kept = False
+        if not kept:
+            for module in found:
+                del module.forward
+        bound[name] = len(found) if kept else 0
+    return bound
+
+
+def same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, tuple):  # of tokens and of pairs
+        return all(same(one, other) for one, other in zip(found, wanted, strict=True))
+    return torch.allclose(found.float(), wanted.float(), rtol=PROOF_TOLERANCE, atol=PROOF_TOLERANCE)
+
+
+def small_batch(running: RunningModel) -> Any:
+    from regraft.engine.packing import pack
+
+    generator = torch.Generator().manual_seed(11)
+    config = running.model.config
+    vocabulary = config.vocab_size
+    window = getattr(config, "sliding_window", None) or getattr(config, "local_attention", None) or 0
+    longest = min(getattr(config, "max_position_embeddings", 512) - 4, 2 * window + 9)  # longer than a window
+    lengths = (5, 1, 17, 17, max(9, longest))
+    ids = [torch.randint(min(10, vocabulary - 1), vocabulary, (n,), generator=generator).numpy() for n in lengths]
+    return pack(ids).to(next(running.parameters()).device)
+
+
+@torch.no_grad()
+def logits_of_small(running: RunningModel, batch: Any) -> Tensor:
+    was_training = running.training
+    running.eval()
+    try:
+        return running(batch)
+    finally:
+        running.train(was_training)
+
+
+def is_output(module: Any) -> bool:
+    # BertSelfOutput, BertOutput and their kin: LayerNorm(dropout(dense(x)) + residual)
+    parts = [type(getattr(module, name, None)) for name in ("LayerNorm", "dropout")]
+    return parts == [nn.LayerNorm, nn.Dropout] and isinstance(getattr(module, "dense", None), nn.Module) and not any(
+        hasattr(module, name) for name in ("query", "word_embeddings")
+    )  # fmt: skip
+
+
+def is_exact_gelu(act: Any) -> bool:
+    # The exact GELU alone: its class in transformers, or torch's without approximation
+    return type(act).__name__ == "GELUActivation" or (type(act) is nn.GELU and act.approximate == "none")
+
+
+def is_intermediate(module: Any) -> bool:
+    exact = is_exact_gelu(getattr(module, "intermediate_act_fn", None))
+    return exact and type(getattr(module, "dense", None)) is nn.Linear

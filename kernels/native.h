@@ -1,0 +1,74 @@
+/* Vectors of eight fp32 numbers, their exponential, and random decisions that can be made again. */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define WIDE 8   /* numbers of a vector */
+#define TILE 16  /* columns of a tile: two vectors */
+#define BLOCK 16 /* rows whose gradients are summed before they join the sum of all */
+
+typedef float vf __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(32), aligned(4), may_alias));
+
+static inline vf splat(float x) { return (vf){x, x, x, x, x, x, x, x}; }
+static inline vu splat_u(uint32_t x) { return (vu){x, x, x, x, x, x, x, x}; }
+static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline float total(vf x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+/* e^x for x <= 0: two to the whole part, Taylor for what is left of |r| <= ln(2) / 2; below -87 it is nothing. NaN stays NaN. */
+static inline vf exponential(vf x) {
+  const float magic = 12582912.0f;
+  const vi some = ~(x <= splat(-87.0f));
+  x = (vf)((vi)x & some);
+  vf whole = x * splat(1.44269504088896341f) + splat(magic);
+  vi shift = (vi)whole << 23;
+  whole -= splat(magic);
+  vf r = x - whole * splat(0.693359375f);
+  r -= whole * splat(-2.12194440e-4f);
+  vf y = splat(1.0f / 5040.0f);
+  y = y * r + splat(1.0f / 720.0f);
+  y = y * r + splat(1.0f / 120.0f);
+  y = y * r + splat(1.0f / 24.0f);
+  y = y * r + splat(1.0f / 6.0f);
+  y = y * r + splat(0.5f);
+  y = y * r + splat(1.0f);
+  y = y * r + splat(1.0f);
+  return (vf)(((vi)y + shift) & some) + (x - x);
+}
+
+/* The key of one row's random numbers (splitmix64 of seed and place). */
+static inline uint64_t row_key(uint64_t seed, uint64_t place) {
+  uint64_t z = seed + (place + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+/* 32 random bits for each of 8 numbers: a multiply-xorshift hash with the key before and amid it. */
+static inline vu random_bits(uint64_t key, vu number) {
+  vu x = number * splat_u(0x9E3779B9u) + splat_u((uint32_t)key);
+  x ^= x >> 16;
+  x *= splat_u(0x7FEB352Du);
+  x ^= x >> 15;
+  x += splat_u((uint32_t)(key >> 32));
+  x *= splat_u(0x846CA68Bu);
+  return x ^ (x >> 16);
+}
+
+/* keep / (1 - p) for columns j to j + 15 of one row: 16 bits decide, as everywhere. */
+static inline void kept(uint64_t key, int64_t j, uint32_t threshold, float factor, vf *left, vf *right) {
+  uint32_t at = (uint32_t)(j / 2);
+  vu bits = random_bits(key, splat_u(at) + (vu){0, 1, 2, 3, 4, 5, 6, 7});
+  vi low = (vi)((bits & splat_u(0xFFFFu)) >= splat_u(threshold)), high = (vi)((bits >> 16) >= splat_u(threshold));
+  *left = (vf)((vi)splat(factor) & low);
+  *right = (vf)((vi)splat(factor) & high);
+}
+
+/* sums[0] += sums[1] + ... of `count` parts of `width` numbers each, in order. */
+static inline void add_up(float *sums, int64_t count, int64_t width) {
+  for (int64_t part = 1; part < count; part++)
+    for (int64_t j = 0; j < width; j++) sums[j] += sums[part * width + j];
+}

@@ -1,0 +1,294 @@
+/* Attention within each sequence of a packed row, on CPU in fp32: one pass a head, nothing of size length^2 in memory.
+
+   out_i = sum_j keep_ij / (1 - p) * softmax_j(scale * q_i k_j) * v_j,   j of i's own sequence, |i - j| <= window
+
+   Every (sequence, head) is one piece of work. Its keys, transposed, and its values are gathered into memory of the
+   thread's own; then ROWS queries at a time meet all their keys. The backward makes the probabilities again from q and
+   k, and the dropout decisions again from the seed (after Dao et al. 2022). */
+#include "native.h"
+#include <math.h>
+
+#define MR 4    /* rows of a tile */
+#define ROWS 32 /* queries that are at work together */
+#define DEEP 8   /* terms of a sum in registers */
+
+/* c[MR][TILE] (+)= a[MR][n] b[n][TILE]; a's element (r, k) is a[r * ar + k * ak]. c is added last. */
+static inline void tile(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc,
+                        int64_t n, int add) {
+  vf x[MR], y[MR];
+  for (int r = 0; r < MR; r++) {
+    x[r] = splat(0.0f);
+    y[r] = splat(0.0f);
+  }
+  for (int64_t k = 0; k < n; k++) {
+    vf left = *(const vf *)(b + k * ldb), right = *(const vf *)(b + k * ldb + WIDE);
+    for (int r = 0; r < MR; r++) {
+      vf by = splat(a[r * ar + k * ak]);
+      x[r] += by * left;
+      y[r] += by * right;
+    }
+  }
+  for (int r = 0; r < MR; r++) {
+    vf *to = (vf *)(c + r * ldc), *next = (vf *)(c + r * ldc + WIDE);
+    if (add) {
+      x[r] += *to;
+      y[r] += *next;
+    }
+    *to = x[r];
+    *next = y[r];
+  }
+}
+
+/* c[m][w] (+)= a[m][n] b[n][w]; m a multiple of MR, w of TILE. Sums of up to DEEP terms are summed: rounding grows less. */
+static inline void product(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc,
+                           int64_t m, int64_t n, int64_t w, int add) {
+  for (int64_t k = 0; k < n; k += DEEP)
+    for (int64_t j = 0; j < w; j += TILE)
+      for (int64_t i = 0; i < m; i += MR)
+        tile(a + i * ar + k * ak, ar, ak, b + k * ldb + j, ldb, c + i * ldc + j, ldc, least(DEEP, n - k), add || k);
+}
+
+/* Columns that a query at `i` may see: [from, to) of n. */
+static inline void visible(int64_t i, int64_t n, int64_t window, int64_t *from, int64_t *to) {
+  *from = window < 0 ? 0 : most(0, i - window);
+  *to = window < 0 ? n : least(n, i + window + 1);
+}
+
+/* What one thread holds while it is at one head of one sequence; n keys, padded to `wide` columns. */
+typedef struct {
+  float *kt, *vt, *k, *v, *dk, *dv, *q, *g, *dq, *out, *s, *slope, *keep;
+} Space;
+
+/* Floats that a thread needs for sequences of up to `wide` keys. */
+static int64_t room(int64_t wide, int64_t d, int backward) {
+  return (backward ? 6 : 2) * wide * d + (backward ? 2 : 1) * ROWS * (2 * d + wide) + (backward ? wide : 0);
+}
+
+/* d and wide are multiples of 16, so that every part begins at a whole cache line. */
+static Space divide(float *at, int64_t wide, int64_t d, int backward) {
+  Space w = {0};
+  float **per_key[] = {&w.kt, &w.v, &w.vt, &w.k, &w.dk, &w.dv}, **per_query[] = {&w.q, &w.out, &w.g, &w.dq};
+  for (int i = 0; i < (backward ? 6 : 2); i++, at += wide * d) *per_key[i] = at;
+  for (int i = 0; i < (backward ? 4 : 2); i++, at += ROWS * d) *per_query[i] = at;
+  w.s = at;
+  w.slope = backward ? at + ROWS * wide : NULL;
+  w.keep = backward ? at + 2 * ROWS * wide : NULL;
+  return w;
+}
+
+static inline void gather(float *to, const float *from, int64_t stride, int64_t n, int64_t padded, int64_t d) {
+  for (int64_t i = 0; i < n; i++) memcpy(to + i * d, from + i * stride, d * sizeof(float));
+  memset(to + n * d, 0, (padded - n) * d * sizeof(float));
+}
+
+/* Eight rows of eight, transposed. */
+static inline void transpose(vf row[8]) {
+  vf a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = __builtin_shuffle(row[i], row[i + 1], (vi){0, 8, 2, 10, 4, 12, 6, 14});
+    a[i + 1] = __builtin_shuffle(row[i], row[i + 1], (vi){1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int k = 0; k < 2; k++) {
+      b[i + k] = __builtin_shuffle(a[i + k], a[i + k + 2], (vi){0, 1, 8, 9, 4, 5, 12, 13});
+      b[i + k + 2] = __builtin_shuffle(a[i + k], a[i + k + 2], (vi){2, 3, 10, 11, 6, 7, 14, 15});
+    }
+  for (int i = 0; i < 4; i++) {
+    row[i] = __builtin_shuffle(b[i], b[i + 4], (vi){0, 1, 2, 3, 8, 9, 10, 11});
+    row[i + 4] = __builtin_shuffle(b[i], b[i + 4], (vi){4, 5, 6, 7, 12, 13, 14, 15});
+  }
+}
+
+static inline void gather_transposed(float *to, const float *from, int64_t stride, int64_t n, int64_t wide, int64_t d) {
+  for (int64_t i = 0; i < wide; i += WIDE)
+    for (int64_t c = 0; c < d; c += WIDE) {
+      vf rows[8];
+      for (int r = 0; r < 8; r++) rows[r] = i + r < n ? *(const vf *)(from + (i + r) * stride + c) : splat(0.0f);
+      transpose(rows);
+      for (int r = 0; r < 8; r++) *(vf *)(to + (c + r) * wide + i) = rows[r];
+    }
+}
+
+static inline void scatter(float *to, int64_t stride, const float *from, int64_t n, int64_t d) {
+  for (int64_t i = 0; i < n; i++) memcpy(to + i * stride, from + i * d, d * sizeof(float));
+}
+
+/* 1 or 0 bits throughout for the columns of [from, to) among j to j + 7. */
+static inline vi inside(int64_t j, int64_t from, int64_t to) {
+  const vi at = (vi){0, 1, 2, 3, 4, 5, 6, 7} + (int32_t)j;
+  return (at >= (int32_t)from) & (at < (int32_t)to);
+}
+
+static inline float highest(const float *s, int64_t from, int64_t to, int64_t start, int64_t end) {
+  vf top = splat(-INFINITY);
+  for (int64_t j = start; j < end; j += WIDE) {
+    const vf x = *(const vf *)(s + j);
+    const vi higher = ~(x <= top) & inside(j, from, to); /* NaN is higher than all, and stays */
+    top = (vf)(((vi)x & higher) | ((vi)top & ~higher));
+  }
+  float found = top[0];
+  for (int i = 1; i < WIDE; i++) found = top[i] <= found ? found : top[i];
+  return found;
+}
+
+/* Of one row of scores, start to end: what is outside [from, to) becomes nothing, the rest e^(scale * (s - the highest)).
+   Returns the sum. */
+static inline float weigh(float *s, float scale, int64_t from, int64_t to, int64_t start, int64_t end) {
+  const float top = highest(s, from, to, start, end);
+  vf sum = splat(0.0f);
+  for (int64_t j = start; j < end; j += WIDE) {
+    const vi seen = inside(j, from, to);
+    vf x = (*(vf *)(s + j) - splat(top)) * splat(scale);
+    x = (vf)((vi)exponential((vf)((vi)x & seen)) & seen);
+    *(vf *)(s + j) = x;
+    sum += x;
+  }
+  return total(sum);
+}
+
+typedef struct {
+  const float *q, *k, *v;                /* of one head: row t is at q + t * q_stride, k and v + t * kv_stride */
+  const int32_t *cu_q, *cu_k;            /* [sequences + 1] */
+  int64_t sequences, heads, d, q_stride, kv_stride, longest, window;
+  float scale, factor;
+  uint32_t threshold;                    /* of 65536: the decisions below it are dropped */
+  uint64_t seed;
+} Problem;
+
+static inline void forward_of(const Problem *p, Space w, int64_t b, int64_t h, float *out) {
+  const int64_t d = p->d, m = p->cu_q[b + 1] - p->cu_q[b], n = p->cu_k[b + 1] - p->cu_k[b], wide = up(n, TILE);
+  const int64_t first = p->cu_q[b], row = p->heads * d;
+  if (!m) return;
+  const float *k = p->k + p->cu_k[b] * p->kv_stride + h * d, *v = p->v + p->cu_k[b] * p->kv_stride + h * d;
+  gather_transposed(w.kt, k, p->kv_stride, n, wide, d);
+  gather(w.v, v, p->kv_stride, n, wide, d);
+  for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
+    int64_t rows = least(ROWS, m - i0), padded = up(rows, MR), from, to, last;
+    visible(i0, n, p->window, &from, &last);
+    visible(i0 + rows - 1, n, p->window, &last, &to);
+    const int64_t start = from / TILE * TILE, end = up(to, TILE);
+    gather(w.q, p->q + (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d);
+    product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, end - start, 0);
+    for (int64_t i = 0; i < rows; i++) {
+      float *s = w.s + i * wide;
+      visible(i0 + i, n, p->window, &from, &to);
+      const vf by = splat(1.0f / weigh(s, p->scale, from, to, start, end));
+      const uint64_t key = row_key(p->seed, (uint64_t)(first + i0 + i) * p->heads + h);
+      for (int64_t j = start; j < end; j += TILE) {
+        vf left = by, right = by;
+        if (p->threshold) {
+          kept(key, j, p->threshold, p->factor, &left, &right);
+          left *= by;
+          right *= by;
+        }
+        *(vf *)(s + j) *= left;
+        *(vf *)(s + j + WIDE) *= right;
+      }
+    }
+    for (int64_t i = rows; i < padded; i++) memset(w.s + i * wide + start, 0, (end - start) * sizeof(float));
+    product(w.s + start, wide, 1, w.v + start * d, d, w.out, d, padded, end - start, d, 0);
+    scatter(out + (first + i0) * row + h * d, row, w.out, rows, d);
+  }
+}
+
+static inline void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const float *grad, float *dq,
+                               float *dk, float *dv) {
+  const int64_t d = p->d, m = p->cu_q[b + 1] - p->cu_q[b], n = p->cu_k[b + 1] - p->cu_k[b], wide = up(n, TILE);
+  const int64_t first = p->cu_q[b], row = p->heads * d, place = p->cu_k[b] * p->kv_stride + h * d;
+  gather_transposed(w.kt, p->k + place, p->kv_stride, n, wide, d);
+  gather_transposed(w.vt, p->v + place, p->kv_stride, n, wide, d);
+  gather(w.k, p->k + place, p->kv_stride, n, wide, d);
+  memset(w.dk, 0, wide * d * sizeof(float));
+  memset(w.dv, 0, wide * d * sizeof(float));
+  for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
+    int64_t rows = least(ROWS, m - i0), padded = up(rows, MR), from, to, last;
+    visible(i0, n, p->window, &from, &last);
+    visible(i0 + rows - 1, n, p->window, &last, &to);
+    const int64_t start = from / TILE * TILE, end = up(to, TILE), columns = end - start;
+    gather(w.q, p->q + (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d);
+    gather(w.g, grad + (first + i0) * row + h * d, row, rows, padded, d);
+    product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, columns, 0);
+    product(w.g, d, 1, w.vt + start, wide, w.slope + start, wide, padded, d, columns, 0);
+    for (int64_t i = 0; i < rows; i++) {
+      const int64_t t = first + i0 + i;
+      float *s = w.s + i * wide, *slope = w.slope + i * wide;
+      visible(i0 + i, n, p->window, &from, &to);
+      const vf by = splat(1.0f / weigh(s, p->scale, from, to, start, end)), scale = splat(p->scale);
+      const uint64_t key = row_key(p->seed, (uint64_t)t * p->heads + h);
+      vf sum = splat(0.0f);
+      for (int64_t j = start; j < end; j += TILE) {
+        vf left = splat(1.0f), right = left, *a = (vf *)(s + j), *c = (vf *)(s + j + WIDE);
+        vf *x = (vf *)(slope + j), *y = (vf *)(slope + j + WIDE);
+        if (p->threshold) {
+          kept(key, j, p->threshold, p->factor, &left, &right);
+          *(vf *)(w.keep + j) = left;
+          *(vf *)(w.keep + j + WIDE) = right;
+        }
+        *a *= by;
+        *c *= by;
+        *x *= left;
+        *y *= right;
+        sum += *a * *x + *c * *y;
+      }
+      const vf mean = splat(total(sum));
+      for (int64_t j = start; j < end; j += TILE) {
+        vf left = splat(1.0f), right = left, *a = (vf *)(s + j), *c = (vf *)(s + j + WIDE);
+        vf *x = (vf *)(slope + j), *y = (vf *)(slope + j + WIDE);
+        if (p->threshold) {
+          left = *(vf *)(w.keep + j);
+          right = *(vf *)(w.keep + j + WIDE);
+        }
+        *x = *a * (*x - mean) * scale;
+        *y = *c * (*y - mean) * scale;
+        *a *= left;
+        *c *= right;
+      }
+    }
+    for (int64_t i = rows; i < padded; i++) {
+      memset(w.s + i * wide + start, 0, columns * sizeof(float));
+      memset(w.slope + i * wide + start, 0, columns * sizeof(float));
+    }
+    product(w.slope + start, wide, 1, w.k + start * d, d, w.dq, d, padded, columns, d, 0);
+    scatter(dq + (first + i0) * p->q_stride + h * d, p->q_stride, w.dq, rows, d);
+    product(w.slope + start, 1, wide, w.q, d, w.dk + start * d, d, columns, padded, d, 1);
+    product(w.s + start, 1, wide, w.g, d, w.dv + start * d, d, columns, padded, d, 1);
+  }
+  scatter(dk + place, p->kv_stride, w.dk, n, d);
+  scatter(dv + place, p->kv_stride, w.dv, n, d);
+}
+
+/* The size of a head as a constant, so that its loops are unrolled. */
+#define WITH_SIZE(p, call)                                                                                             \
+  switch ((p)->d) {                                                                                                    \
+    case 32: { Problem known = *(p); known.d = 32; const Problem *problem = &known; call; break; }                     \
+    case 64: { Problem known = *(p); known.d = 64; const Problem *problem = &known; call; break; }                     \
+    default: { const Problem *problem = (p); call; }                                                                   \
+  }
+
+/* Without `grad`, attention into `out`; with it, the gradients for q (into `out`), k and v. All rows are written. Returns 0, or 1 where there is no memory left for a thread to work in. */
+int regraft_attention(const Problem *p, const float *grad, float *out, float *dk, float *dv, int threads) {
+  int failed = 0;
+  const int64_t pieces = p->sequences * p->heads;
+#pragma omp parallel num_threads(threads)
+  {
+    float *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, room(up(p->longest, TILE), p->d, grad != NULL) * sizeof(float))) {
+      memory = NULL;
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t piece = 0; piece < pieces; piece++) {
+      if (!memory) continue;
+      const int64_t b = piece / p->heads, h = piece % p->heads;
+      const Space w = divide(memory, up(p->cu_k[b + 1] - p->cu_k[b], TILE), p->d, grad != NULL);
+      if (grad) {
+        WITH_SIZE(p, backward_of(problem, w, b, h, grad, out, dk, dv));
+      } else {
+        WITH_SIZE(p, forward_of(problem, w, b, h, out));
+      }
+    }
+    free(memory);
+  }
+  return failed;
+}

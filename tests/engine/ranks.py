@@ -1,0 +1,47 @@
+"""Processes of one run, started one by one as a cluster's launcher does: no one watches over them and stops the others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def start_ranks(arguments: Sequence[object], folders: Sequence[Path], **env: str) -> list[subprocess.Popen[str]]:
+    """`regraft ARGUMENTS` once a folder, each rank with its folder as working directory."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    shared = os.environ | {
+        "WORLD_SIZE": str(len(folders)),
+        "LOCAL_WORLD_SIZE": str(len(folders)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+        **env,
+    }
+    command = [sys.executable, "-m", "regraft.engine", *map(str, arguments)]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, folder in enumerate(folders)
+    ]
+
+
+def ended(ranks: Sequence[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
+    """Exit code and standard error of each, none of which may take longer than that."""
+    try:
+        return [(rank.wait(seconds), rank.communicate()[1]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()

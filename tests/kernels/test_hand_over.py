@@ -1,0 +1,41 @@
+"""The table that says whose attention runs for which shape: read where it was measured, done without where it was not."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from regraft.kernels import hand_over
+from regraft.kernels.hand_over import faster, key_of, read_table, write_table
+
+
+def test_what_was_not_measured_goes_to_torch(monkeypatch, tmp_path):
+    assert read_table(tmp_path / "none.json") == {}
+    monkeypatch.setattr(hand_over, "MEASURED", {90: {"64 x 512": "own"}})
+    assert faster(90, 64, 300, False) == "own"
+    assert [faster(90, 64, 300, True), faster(90, 64, 200, False), faster(80, 64, 300, False)] == ["aten"] * 3
+
+
+def test_lengths_belong_to_the_next_longer_entry():
+    assert key_of(64, 64, False) == "64 x 64"
+    assert key_of(64, 65, True) == "64 x 128, dropout"
+    assert key_of(128, 100_000, False) == "128 x 8192"
+
+
+def test_each_gpu_has_entries_of_its_own(tmp_path):
+    path = tmp_path / "hand_over.json"
+    write_table(path, 80, {"64 x 512": "aten"}, {"machine": "A100"})
+    write_table(path, 90, {"64 x 512": "own", "32 x 64, dropout": "aten"}, {"machine": "H200"})
+    assert read_table(path) == {80: {"64 x 512": "aten"}, 90: {"64 x 512": "own", "32 x 64, dropout": "aten"}}
+    write_table(path, 90, {"64 x 512": "aten"}, {"machine": "H200"})
+    assert read_table(path)[90] == {"64 x 512": "aten"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"90": {}}', '{"90": {"faster": {"64 x 512": "liger"}}}'])
+def test_a_table_that_cannot_be_read_is_said_and_done_without(tmp_path, caplog, content):
+    path = tmp_path / "hand_over.json"
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING, "regraft.kernels"):
+        assert read_table(path) == {}
+    assert "hand_over.json cannot be read" in caplog.text

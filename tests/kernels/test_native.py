@@ -1,0 +1,178 @@
+"""The kernels in C: against fp64 as plain torch is, their dropout, their bits, and machines that cannot compile them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from checking import attention_by_sequence, hold_to_twice_the_error
+from regraft.kernels import attention_native, native, norm_native
+from regraft.kernels.attention import plan_layout
+from regraft.kernels.choice import forced
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="no C compiler, or torch without GNU OpenMP")
+
+LENGTHS = [[1], [5, 5, 5], [97, 1, 13, 13, 40], [3, 1025, 2]]
+
+
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def fresh(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("size", [16, 32, 64, 96])
+@pytest.mark.parametrize("window", [None, 0, 4, 64])
+def test_attention_is_as_near_to_fp64_as_plain_torch(lengths, size, window):
+    cu, scale = starts(lengths), size**-0.5
+
+    def ours(qkv: Tensor) -> Tensor:
+        return attention_native.merged_attention(qkv, cu, max(lengths), scale=scale, dropout_p=0.0, window=window)
+
+    def plain(qkv: Tensor) -> Tensor:
+        return attention_by_sequence(*qkv.unbind(1), lengths, scale, window)
+
+    hold_to_twice_the_error(ours, plain, [fresh(sum(lengths), 3, 2, size)], torch.float32, form="auto", names=["qkv"])
+
+
+@pytest.mark.parametrize("lengths", [[1, 4, 33], [7, 7]])
+def test_one_query_a_sequence_is_as_near_to_fp64_as_plain_torch(lengths):
+    layout = plan_layout(lengths, starts(lengths))
+    rows = (fresh(len(lengths), 3, 32), fresh(sum(lengths), 3, 32), fresh(sum(lengths), 3, 32))
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert attention_native.runs_here(32, q.detach(), k.detach(), v.detach())
+        return layout.attend_first(q, k, v, scale=0.2, dropout_p=0.0)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(q, k.split(lengths), v.split(lengths), strict=True)
+        return torch.stack([attention_by_sequence(a[None], b, c, [1], 0.2, keys=[len(b)])[0] for a, b, c in parts])
+
+    hold_to_twice_the_error(ours, plain, rows, torch.float32, form="auto", names="qkv")
+
+
+def attended(qkv: Tensor, lengths: list[int], p: float, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    cu = starts(lengths)
+    return attention_native.merged_attention(qkv, cu, max(lengths), scale=0.1, dropout_p=p, window=None)
+
+
+def test_attention_drops_alike_in_both_directions_and_anew_with_another_seed():
+    length, p = 160, 0.3
+    qkv = torch.randn(length, 3, 2, length)
+    qkv[:, 2] = torch.eye(length)[:, None]  # the output is what is left of the probabilities
+    qkv.requires_grad_()
+    out = attended(qkv, [length], p, seed=5)
+    kept = out.detach() != 0
+    assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    out.sum().backward()
+    # d sum(out) / d v_j: the sum over queries of what was kept of p_ij
+    torch.testing.assert_close(qkv.grad[:, 2, :, 0], out.detach().sum(0).T, rtol=1e-4, atol=1e-5)
+    assert torch.equal(attended(qkv, [length], p, seed=5), out)
+    assert not torch.equal(attended(qkv, [length], p, seed=6) != 0, kept)
+
+
+def test_decisions_of_attention_do_not_depend_on_their_neighbours():
+    length, p = 256, 0.5
+    qkv = torch.zeros(length, 3, 2, length)
+    qkv[:, 2] = torch.eye(length)[:, None]
+    out = attended(qkv, [length], p, seed=int(torch.seed() % 2**31))
+    here, other_head = ((out != 0).float() - 0.5).unbind(1)
+    for other in (other_head, *(here.roll(lag, 1) for lag in (1, 2, 8, 16)), here.roll(1, 0)):
+        assert abs(float((here * other).mean())) < 6 * 0.25 / length
+
+
+def test_dropout_keeps_the_mean_of_attention():
+    qkv = torch.zeros(1000, 3, 4, 16)
+    qkv[:, 2] = 1.0
+    out = attended(qkv, [400, 600], 0.25, seed=int(torch.seed() % 2**31))
+    assert abs(float(out[..., 0].mean()) - 1.0) < 6 * (0.25 / 0.75 / 500 / out[..., 0].numel()) ** 0.5
+
+
+def test_the_same_bits_whatever_the_number_of_threads():
+    qkv = torch.randn(300, 3, 4, 32, requires_grad=True)
+    weight = torch.randn(300, 4, 32)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out = attended(qkv, [90, 10, 200], 0.1, seed=3)
+            found.append((out, *torch.autograd.grad(out, qkv, weight)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (1025, 384), (3, 5, 1008)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_norm_is_as_near_to_fp64_as_plain_torch(shape, has_bias):
+    inputs = [fresh(*shape), fresh(*shape), fresh(shape[-1]), *([fresh(shape[-1])] if has_bias else [])]
+
+    def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return norm_native.dropout_add_layer_norm(x, residual, weight, bias, eps=1e-12, p=0.0)
+
+    def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nn.functional.layer_norm(x + residual, shape[-1:], weight, bias, 1e-12)
+
+    hold_to_twice_the_error(ours, plain, inputs, torch.float32, form="auto")
+
+
+def test_norm_drops_alike_in_both_directions():
+    x, residual = (torch.randn(500, 64, requires_grad=True) for _ in range(2))
+    weight, bias, p = torch.rand(64) + 0.5, torch.randn(64), 0.2
+    slope = torch.randn(500, 64)
+    torch.manual_seed(9)
+    out = norm_native.dropout_add_layer_norm(x, residual, weight, bias, eps=1e-5, p=p)
+    dx, dresidual = torch.autograd.grad(out, (x, residual), slope)
+    kept = dx != 0
+    assert abs(float(kept.float().mean()) - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+    # with the mask that the gradient shows, plain torch gives the same
+    factor = 65536 / (65536 - round(p * 65536))
+    again = nn.functional.layer_norm(x * kept * factor + residual, (64,), weight, bias, 1e-5)
+    wanted = torch.autograd.grad(again, (x, residual), slope)
+    torch.testing.assert_close(out, again, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((dx, dresidual), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stays_visible():
+    qkv = torch.randn(6, 3, 2, 16)
+    qkv[2, 0, 1, 3] = float("nan")
+    out = attended(qkv, [4, 2], 0.0, seed=0)
+    assert torch.isnan(out[2, 1]).all()
+    assert torch.isfinite(out[:, 0]).all() and torch.isfinite(out[4:]).all()
+
+
+def test_plain_torch_can_be_forced():
+    x = torch.randn(4, 32)
+    assert native.takes(x)
+    with forced("reference"):
+        assert not native.takes(x)
+    assert not native.takes(x.double()) and not native.takes(x.bfloat16())
+
+
+@pytest.mark.parametrize(
+    "compiler, said", [("no-such-compiler", "no C compiler"), ("false", "fused CPU kernels run as plain torch")]
+)
+def test_without_a_compiler_that_works_it_is_plain_torch_and_the_log_says_why(compiler, said, tmp_path):
+    code = """
+import logging, torch
+logging.basicConfig(level=logging.INFO)
+from regraft.kernels import native
+from regraft.kernels.attention import packed_attention, plan_layout
+layout = plan_layout([3, 2], torch.tensor([0, 3, 5], dtype=torch.int32))
+out = packed_attention(torch.ones(5, 3, 1, 16), layout, scale=1.0)
+assert native.library() is None and torch.equal(out, torch.ones(5, 1, 16))
+"""
+    environment = os.environ | {"CC": compiler, "REGRAFT_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(said) == 1
