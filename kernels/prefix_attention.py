@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from regraft.kernels.checks import expect, expect_range
 from regraft.kernels.dropout import dropout
 
 if TYPE_CHECKING:
@@ -31,9 +32,17 @@ def prefixed_attention(
     dropout_p: float = 0.0,
     first: bool = False,
 ) -> Tensor:
-    """See above; `first`: q has one row a sequence, [B, H, D] -> [B, H, D]."""
-    out = []
-    for group, members in zip(layout.groups, layout.members, strict=True):
+    """See above; `first`: q has one row a sequence, [B, H, D] -> [B, H, D]. Raises ValueError or TypeError, naming the
+    argument."""
+    expect("k", k, shape=(layout.tokens, None, None), like=layout.cu_seqlens, contiguous=False)
+    expect("v", v, shape=k.shape, dtype=k.dtype, like=k, contiguous=False)
+    queries_given = len(layout.lengths) if first else layout.tokens
+    expect("q", q, shape=(queries_given, *k.shape[1:]), dtype=k.dtype, like=k, contiguous=False)
+    expect("keys", keys, shape=(None, *k.shape[1:]), like=k, contiguous=False)
+    expect("values", values, shape=keys.shape, like=k, contiguous=False)
+    expect_range("dropout_p", dropout_p, 0, 1)
+    out, grouped = [], layout.grouped
+    for group, members in zip(grouped.groups, grouped.members, strict=True):
         queries = q.index_select(0, members)[:, :, None] if first else _cells(q, group)
         scores = torch.matmul(queries * scale, _after(keys, _cells(k, group)).transpose(-1, -2))
         if group.mask is not None:
@@ -42,8 +51,8 @@ def prefixed_attention(
         used = dropout(torch.softmax(scores, dim=-1), dropout_p)
         out.append(torch.matmul(used, _after(values, _cells(v, group))).transpose(1, 2).flatten(0, 1))
     if first:
-        return torch.empty_like(q).index_copy(0, torch.cat(layout.members), torch.cat(out))
-    return torch.cat(out).index_select(0, layout.cell_of_row)
+        return torch.empty_like(q).index_copy(0, torch.cat(grouped.members), torch.cat(out))
+    return torch.cat(out).index_select(0, grouped.cell_of_row)
 
 
 def _cells(x: Tensor, group: Group) -> Tensor:

@@ -53,7 +53,7 @@ class BagRun(_Run):
         self.running = RunningBag(self.model)  # type: ignore[assignment]
         self.parameters = list(self.model.parameters())
         groups = parameter_groups(self.model, training)
-        self.optimizer = FusedAdamW(groups, betas=training.betas, eps=training.epsilon)  # type: ignore[assignment]
+        self.optimizer = FusedAdamW(groups, betas=training.betas, eps=training.epsilon)
         self.averaged = None
         self.plan = Plan(len(train), training.batch_size, training.seed, training.epochs, 1)
         self.say(f"{config.method}: {len(known):,} {self.unit}s and runs of up to {longest}, {config.head.type}")

@@ -211,8 +211,11 @@ def test_folded_gradients_are_those_of_peft(name, lora, backbones):
         model(batch).square().sum().backward()
         found.append({n: p.grad for n, p in model.model.named_parameters() if p.grad is not None})
         assert found[-1].keys() == {n for n, p in model.model.named_parameters() if p.requires_grad}
+    # transformers turns ModernBERT's queries and keys in fp32, whatever the rest is calculated in
+    exact = 1e-5 if name == "ModernBert" else 1e-8
     for key, expected in found[0].items():
-        assert torch.allclose(found[1][key], expected, atol=1e-8, rtol=1e-6), key
+        atol = exact * max(1.0, float(expected.abs().max()))
+        assert torch.allclose(found[1][key], expected, atol=atol, rtol=1e-6), key
 
 
 @pytest.mark.parametrize("lora", [{"dora": True}, {"dropout": 0.2}, {"alpha_pattern": {".*query": 3.0}}])
