@@ -41,11 +41,7 @@ class Crf:
     def _module(self) -> Any:
         # Under an adapter it is a copy that trains; once merged, that copy is the module itself.
         module: Any = None if self._model is None else self._model.crf
-<<<<<<< HEAD
         copies: Any = getattr(module, "modules_to_save", None)
-=======
-        copies = getattr(module, "modules_to_save", None)
->>>>>>> adapters
         return module if copies is None else copies[module.active_adapters[0]]
 
     def parameters(self) -> list[nn.Parameter]:
