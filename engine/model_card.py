@@ -12,7 +12,7 @@ import yaml
 
 from regraft.engine.files import write_text
 from regraft.engine.heads.settings import LIVE_HEADS
-from regraft.engine.methods.settings import ADAPTERS
+from regraft.engine.methods.settings import ADAPTERS, VIRTUAL
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent
 from regraft.engine.report.provenance import dropped
@@ -189,10 +189,11 @@ model = load_trained("path/to/this/folder")
 for answer in predict(model, {texts}):
     print({shown})"""
     said = ["## Use", f"```python\n{code}\n```"]
-    if str(data.setting("method")) in ADAPTERS:
-        said.append(
-            "This folder holds an adapter; `regraft merge` makes a plain Hugging Face model of it and its encoder."
-        )
+    method = str(data.setting("method"))
+    if method in ADAPTERS:
+        merged = "`regraft merge` makes a plain Hugging Face model of it and its encoder."
+        kept = "it stays beside its encoder, which is loaded with it."
+        said.append(f"This folder holds an adapter; {kept if method in VIRTUAL | {'adapter'} else merged}")
     if str(data.setting("method")) == "frozen":
         said.append("The encoder, unchanged, loads with `transformers.AutoModel`; the head is in `head.safetensors`.")
     elif data.setting("head.type") in LIVE_HEADS and str(data.setting("method", "full")) in ("full", "bitfit"):

@@ -115,6 +115,10 @@ def _check(adapters: Mapping[str, Trained]) -> None:
         method = trained.facts["method"]
         if method not in STACKABLE:
             raise ExportError(f"{name}: method {method!r}; {', '.join(STACKABLE)} can be stacked in one graph")
+        if "head" in trained.facts:
+            raise ExportError(
+                f"{name}: a head of ours; adapters with transformers' own heads can be stacked in one graph"
+            )
         quantised = [(t.facts["method"], t.facts["quantise"]) for t in (first, trained) if t.facts["method"] != "lora"]
         if quantised and (len(quantised) < 2 or quantised[0] != quantised[1]):
             raise ExportError(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.errors import ModelError
+from regraft.engine.errors import ConfigError, ModelError
 from regraft.engine.training.together import limit_waiting, machines, processes
 
 if TYPE_CHECKING:
@@ -182,6 +182,11 @@ class Shards:
 
 def share_out(running: RunningModel, optimizer: torch.optim.Optimizer, accelerator: Any, config: RunConfig) -> Shards:
     """Share the model's weights out among the processes and give the optimizer the parts that are this one's."""
+    if accelerator.scaler is not None:
+        raise ConfigError(
+            "training.sharding: this GPU has no bf16, and fp16 scales its loss, which shards do not do alike; set "
+            "training.precision: fp32"
+        )
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # none is changed in place
     accelerator.prepare_model(running, evaluation_mode=True)  # autocast alone
     units = _layers(running.model)

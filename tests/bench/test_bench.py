@@ -26,6 +26,7 @@ import compare as comparison  # noqa: E402
 import features  # noqa: E402
 import harness  # noqa: E402
 import machine  # noqa: E402
+import methods  # noqa: E402
 import onnx_cpu  # noqa: E402
 import plot  # noqa: E402
 import quality  # noqa: E402
@@ -35,7 +36,7 @@ import startup  # noqa: E402
 import train_cpu  # noqa: E402
 
 MEASUREMENTS = {"train_cpu": train_cpu, "quality": quality, "onnx_cpu": onnx_cpu, "startup": startup}
-MEASUREMENTS |= {"features": features, "compare": comparison}
+MEASUREMENTS |= {"features": features, "compare": comparison, "methods": methods}
 SPEED = harness.Claim("speed", "Something a second", "things/s")
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA} (REGRAFT_DATA)")
@@ -393,6 +394,39 @@ def test_the_long_documents_are_half_of_each_class() -> None:
     rows = sources.imdb(40)
     assert sorted(row["label"] for row in rows) == ["neg"] * 20 + ["pos"] * 20
     assert rows == sources.imdb(40) and min(len(row["text"]) for row in rows) > 100
+
+
+# ---- methods ------------------------------------------------------------------------------------------------------
+
+
+def piece_options(**changes: Any) -> argparse.Namespace:
+    usual = {"methods": None, "models": ",".join(methods.MODELS), "seeds": "0,1", "rows": None, "precision": "fp32"}
+    return options_of(**{"quick": False, "no_compile": False, "restart": False, **usual, **changes})
+
+
+def test_pieces_of_methods_are_told_apart_by_all_that_decides_them() -> None:
+    keys = [piece.key for piece in methods.pieces(piece_options())]
+    assert len(set(keys)) == len(keys)
+    assert keys == [piece.key for piece in methods.pieces(piece_options())]
+    for other in ({"precision": "bf16"}, {"threads": 7}, {"quick": True}):
+        changed = {
+            p.key for p in methods.pieces(piece_options(**other)) if p.who != methods.PEER and p.part != "quality"
+        }
+        assert not changed & set(keys)
+
+
+def test_a_piece_that_is_published_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "WORK", tmp_path)
+    piece = next(p for p in methods.pieces(piece_options()) if p.who == "lora" and p.part == "quality")
+    out = tmp_path / "methods.json"
+    options = piece_options(out=out)
+    assert methods.earlier(piece, options) is None
+    run = harness.Run(piece.case, piece.who, piece.round, 90.0, {"settings": piece.key})
+    full = harness.Run(piece.case, "full", piece.round, 90.25, {"settings": "another"})
+    harness.publish(methods.CLAIM, [run, full], options, versions={}, targets=methods.targets)
+    assert methods.earlier(piece, options) == run
+    [target] = json.loads(out.read_text())["targets"]
+    assert target["measured"] == -0.25 and target["at_least"] == -0.5 and target["reached"]
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from regraft.engine.errors import ConfigError, ExportError, ModelError
 from regraft.engine.export import export_bundle
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.methods.merge import merge
+from regraft.engine.methods.plan import plan_run
 from regraft.engine.methods.virtual import Prompt
 from regraft.engine.packing import pack
 from regraft.engine.trained import load_trained
@@ -137,6 +138,14 @@ def test_a_padded_graph_takes_a_prompts_ids_before_the_texts(backbones):  # noqa
     with torch.no_grad():
         found = adaptation.model(**{name: torch.from_numpy(values) for name, values in arrays.items()}).logits
     assert close(found, logits(ours, batch))
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_run_with_virtual_tokens_can_be_planned(method, make_config):
+    found = plan_run(load_config(make_config(method=method, prompt={"tokens": 4})), alternatives=False)
+    head = 2 * 32 + 2
+    assert found.chosen.trained - head == {"prompt": 4 * 32, "prefix": 4 * 2 * 2 * 32}[method]
+    assert found.fits
 
 
 def test_virtual_tokens_take_their_positions_from_the_texts(make_config):
