@@ -15,7 +15,7 @@ class Adapters(Several):
 
     type = "adapters"
     # A text is read as one task reads it, and which one that is stands beside it.
-    take, inputs, examples, answers = Task.take, Task.inputs, Task.examples, Task.answers  # type: ignore[assignment]
+    take, inputs, examples, answers = Task.take, Task.inputs, Task.examples, Task.answers
 
     @property
     def outputs(self) -> int:
