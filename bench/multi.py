@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
 import machine
@@ -36,11 +37,9 @@ MAX_LENGTH = 256
 
 def measured(seed: int, options: argparse.Namespace) -> list[Run]:
     """Each task together with the others, and alone."""
-    options = argparse.Namespace(**vars(options) | {"out": None})
-    options.precision = "bf16" if machine.has_fast_bf16() else "fp32"
+    options = _settled(options)
     config = configuration(seed, options)
-    mark = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    folder = WORK / "tasks" / mark
+    folder = WORK / "tasks" / _mark(seed, options)
     if options.restart:
         shutil.rmtree(folder, ignore_errors=True)
     kept = folder / "found.json"
@@ -52,10 +51,40 @@ def measured(seed: int, options: argparse.Namespace) -> list[Run]:
     runs = []
     for name, metric in TASKS.items():
         value = 100 * together["metrics"]["dev"][f"{name}/{metric}"]
-        runs.append(Run(f"{NAME}-{name}", OURS, seed, value, {"seconds": together["run_seconds"]}))
+        details = {"seconds": together["run_seconds"], "settings": folder.name}
+        runs.append(Run(f"{NAME}-{name}", OURS, seed, value, details))
         alone = quality.measured(name, OURS, seed, options)
-        runs.append(Run(f"{NAME}-{name}", ALONE, seed, alone.value, dict(alone.details)))
+        runs.append(Run(f"{NAME}-{name}", ALONE, seed, alone.value, {**alone.details, "settings": folder.name}))
+    for run in runs:
+        print(f"{run.case} seed {seed}: {run.who} {run.value:.2f}", file=sys.stderr, flush=True)
     return runs
+
+
+def everything_measured(seeds: list[int], options: argparse.Namespace, published: Path) -> list[Run]:
+    """What this and earlier commands measured with today's settings."""
+    options = argparse.Namespace(**vars(_settled(options)) | {"restart": False})
+    cases = json.loads(published.read_text(encoding="utf-8"))["cases"] if published.is_file() else {}
+    runs: list[Run] = []
+    for seed in sorted({0, 1, 2, *seeds}):
+        mark = _mark(seed, options)
+        if (WORK / "tasks" / mark / "found.json").is_file():
+            runs += measured(seed, options)
+            continue
+        known = [run for name in settings() for run in cases.get(name, {}).get("runs", [])]
+        runs += [Run(**run) for run in known if run["details"].get("settings") == mark]
+    return runs
+
+
+def _settled(options: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(
+        **vars(options) | {"out": None, "precision": "bf16" if machine.has_fast_bf16() else "fp32"}
+    )
+
+
+def _mark(seed: int, options: argparse.Namespace) -> str:
+    config = configuration(seed, options)
+    config["training"].pop("threads")
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def configuration(seed: int, options: argparse.Namespace) -> dict[str, Any]:

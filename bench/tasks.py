@@ -1,8 +1,9 @@
-"""What token labelling, question answering and masked words reach on real data, points of 100 (perplexity as it is).
+"""What the encoder tasks reach on real data: figures in points of 100, perplexity as it is.
 
-Every case trains with Regraft from the files as they are published, keeps the epoch that is best on the dev rows, and is
-judged on test rows that training never saw (SQuAD: on dev, as is the custom; its best epoch is chosen by a tenth of the
-training questions). A case that was measured before with the same settings is not measured again; `--restart` is.
+Regraft learns from the files as they are published (`task_rows.py` cuts and joins some), keeps the epoch that is best on the
+dev rows, and is judged on rows that training never saw. Takes most of a day, so it is made to be done in pieces, as
+quality.py is: a figure that was measured with the same settings is taken from bench/.data/tasks/ or from the published
+result, a run that was stopped goes on where it was, and what is published is all that was measured so far.
 """
 
 from __future__ import annotations
@@ -13,65 +14,194 @@ import hashlib
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import machine
 import multi
 import sources
-from environments import encoder_folder, our_versions
-from harness import OURS, WORK, Claim, Run, Target, arguments, publish, turn
+import task_rows
+from environments import encoder_folder, our_versions, peer_python, versions
+from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, turn
 
-CLAIM = Claim("tasks", "Encoder tasks, MiniLM-L6: figures on real data sets, points of 100", "points")
+CLAIM = Claim(
+    "tasks", "Encoder tasks: figures on real data sets, points of 100", "points or perplexity", compare="difference"
+)
+PUBLISHED = RESULTS / "tasks.json"
+QUICK_ROWS, QUICK_STEPS = 60, 4
+MINILM, CHINESE = "minilm", "bert-base-chinese's vocabulary"
+TINY = {
+    "model_type": "bert",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 128,
+}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """One training run. `task`, `training`, `model`: keys of its configuration; `data`: files below REGRAFT_DATA, or the
+    function that makes them, and `columns` what else is said of them. `encoder`: where it starts from: MINILM, CHINESE
+    (a vocabulary alone, so `model.config` says the rest), or another learning, the run of seed 0."""
+
+    task: dict[str, Any]
+    data: dict[str, str] | Callable[[bool], dict[str, str]]
+    training: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+    columns: dict[str, Any] = field(default_factory=dict)
+    encoder: str = MINILM
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Example:
+    """transformers' Trainer as its example for the task uses it, with the settings and the rows of a learning."""
+
+    like: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of a learning, or of an example."""
+
+    of: str
+    metric: str
+    split: str = "test"
 
 
 @dataclass(frozen=True)
 class Case:
-    """How one data set is learned and judged: `metric` on the split that is named."""
+    """Figures side by side, Regraft's first. `beats`: by how much at least Regraft's is better than another's (negative:
+    how much worse it may be). `points` False: the figure is no share of 1; less is then better."""
 
-    metric: str
-    split: str
-    data: dict[str, Any]
-    task: dict[str, Any]
+    figures: dict[str, Figure]
     at_least: float | None = None
-    learning_rate: float = 1e-4
-    head_learning_rate: float | None = None
-    epochs: int = 4
-    batch_size: int = 32
-    max_length: int = 256
-    extra: dict[str, Any] = field(default_factory=dict)
+    beats: dict[str, float] = field(default_factory=dict)
+    points: bool = True
 
 
 WNUT = {
     "train": "wnut17/wnut17train.conll",
     "dev": "wnut17/emerging.dev.conll",
     "test": "wnut17/emerging.test.annotated",
-    "format": "conll",
 }
 NCBI = {
     "train": "bio-ncbi-disease/train.tsv.gz",
     "dev": "bio-ncbi-disease/devel.tsv",
     "test": "bio-ncbi-disease/test.tsv",
-    "format": "conll",
 }
 EWT = {split: f"ud-en-ewt/en_ewt-ud-{split}.conllu.gz" for split in ("train", "dev", "test")}
-SQUAD = {"train": "squad1/train-part-du-test.json.gz", "test": "squad1/dev-v1.1.json.gz", "dev_fraction": 0.05}
-CASES = {
-    "ewt-pos": Case("accuracy", "test", EWT, {"type": "tagging"}, at_least=94.0),
-    "wnut17-linear": Case("f1", "test", WNUT, {"type": "tagging"}, at_least=40.0, epochs=6),
-    "wnut17-crf": Case(
-        "f1", "test", WNUT, {"type": "tagging", "crf": True}, at_least=40.0, epochs=6, head_learning_rate=1e-3
+LABEL = {"learning_rate": 1e-4, "batch_size": 32}
+ANSWER = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 3}
+REVIEWS = {"learning_rate": 5e-5, "batch_size": 16, "epochs": 5}
+CONLL = {"format": "conll"}
+ON_REVIEWS = {"learning_rate": 2e-4, "head_learning_rate": 1e-3, "batch_size": 32, "epochs": 3}
+
+# What is trained. A case below names these; several may share one.
+LEARNINGS: dict[str, Learning | Example] = {
+    "ewt": Learning({"type": "tagging", "metric": "accuracy"}, EWT, {**LABEL, "epochs": 4}, {"max_length": 256}),
+    "wnut17": Learning({"type": "tagging"}, WNUT, {**LABEL, "epochs": 6}, {"max_length": 256}, CONLL),
+    "wnut17-crf": Learning(
+        {"type": "tagging", "crf": True},
+        WNUT,
+        {**LABEL, "epochs": 6, "head_learning_rate": 1e-3},
+        {"max_length": 256},
+        CONLL,
     ),
-    "ncbi-disease": Case("f1", "test", NCBI, {"type": "tagging"}, at_least=80.0, epochs=6),
+    "ncbi": Learning({"type": "tagging"}, NCBI, {**LABEL, "epochs": 6}, {"max_length": 256}, CONLL),
+    "squad1": Learning({"type": "answering", "stride": 128}, task_rows.squad, ANSWER, {"max_length": 384}),
+    "squad1-example": Example("squad1", {"doc_stride": 128, "max_answer_length": 30, "n_best_size": 20}),
+    "imdb-adapted": Learning({"type": "mlm"}, task_rows.reviews_unlabelled, ON_REVIEWS, {"max_length": 128}),
+    "imdb-head": Learning(
+        {"type": "mlm"},
+        task_rows.reviews_unlabelled,
+        ON_REVIEWS,
+        {"max_length": 128},
+        more={"unfreeze": {"last_layers": 0}},  # the encoder as it is, and a head that learned what it can read of it
+    ),
+    "imdb-1000": Learning({"type": "classification"}, task_rows.reviews_labelled, REVIEWS, {"max_length": 256}),
+    "imdb-1000-adapted": Learning(
+        {"type": "classification"}, task_rows.reviews_labelled, REVIEWS, {"max_length": 256}, encoder="imdb-adapted"
+    ),
+    "zh-pretrained": Learning(
+        {"type": "mlm", "sentences": "nsp"},
+        task_rows.chinese_texts,
+        {"learning_rate": 5e-4, "batch_size": 32, "epochs": 2, "warmup": 0.1},
+        {"max_length": 128, "config": TINY},
+        encoder=CHINESE,
+    ),
+} | {
+    f"zh-{name}{how}": Learning(
+        task,
+        rows,
+        {"learning_rate": 3e-4, "batch_size": 32, "epochs": epochs},
+        {"max_length": 128} | ({} if how else {"config": TINY}),
+        encoder="zh-pretrained" if how else CHINESE,
+    )
+    for name, task, rows, epochs in (
+        ("entities", {"type": "tagging"}, task_rows.chinese_entities, 8),
+        ("reviews", {"type": "classification"}, task_rows.chinese_reviews, 4),
+    )
+    for how in ("", "-pretrained")
+}
+
+# What is claimed, an entry each: a task over several data sets is entered as one case for each of its figures.
+CASES = {
+    "ewt-pos": Case({OURS: Figure("ewt", "accuracy")}, at_least=94.0),
+    "wnut17": Case(
+        {OURS: Figure("wnut17-crf", "f1"), "regraft-linear": Figure("wnut17", "f1")},
+        at_least=40.0,
+        beats={"regraft-linear": 0.0},
+    ),
+    "ncbi-disease": Case({OURS: Figure("ncbi", "f1")}, at_least=80.0),
     "squad1-em": Case(
-        "exact_match", "test", SQUAD, {"type": "answering"}, at_least=55.0, epochs=3, batch_size=16, max_length=384
+        {OURS: Figure("squad1", "exact_match"), "transformers": Figure("squad1-example", "exact_match")},
+        at_least=55.0,
+        beats={"transformers": 0.0},
     ),
     "squad1-f1": Case(
-        "f1", "test", SQUAD, {"type": "answering"}, at_least=67.0, epochs=3, batch_size=16, max_length=384
+        {OURS: Figure("squad1", "f1"), "transformers": Figure("squad1-example", "f1")},
+        at_least=67.0,
+        beats={"transformers": 0.0},
+    ),
+    "imdb-perplexity": Case(
+        {OURS: Figure("imdb-adapted", "perplexity", "dev"), "regraft-head": Figure("imdb-head", "perplexity", "dev")},
+        beats={"regraft-head": 0.0},
+        points=False,
+    ),
+    "imdb-1000": Case(
+        {OURS: Figure("imdb-1000-adapted", "accuracy"), "regraft-plain": Figure("imdb-1000", "accuracy")},
+        beats={"regraft-plain": 0.0},
+    ),
+    "zh-words": Case(
+        {
+            OURS: Figure("zh-pretrained", "accuracy", "dev"),
+            "guessing": Figure("zh-pretrained", "trivial_accuracy", "dev"),
+        },
+        beats={"guessing": 10.0},
+    ),
+    "zh-sentences": Case(
+        {
+            OURS: Figure("zh-pretrained", "sentence_accuracy", "dev"),
+            "guessing": Figure("zh-pretrained", "trivial_sentence_accuracy", "dev"),
+        },
+        beats={"guessing": 10.0},
+    ),
+    "zh-cluener": Case(
+        {OURS: Figure("zh-entities-pretrained", "f1"), "regraft-scratch": Figure("zh-entities", "f1")},
+        beats={"regraft-scratch": 0.0},
+    ),
+    "zh-chnsenticorp": Case(
+        {OURS: Figure("zh-reviews-pretrained", "accuracy"), "regraft-scratch": Figure("zh-reviews", "accuracy")},
+        beats={"regraft-scratch": 0.0},
     ),
 }
-QUICK_ROWS = 60
+ONE_SEED = {"imdb-adapted", "imdb-head", "zh-pretrained"}  # an hour each: seed 0 alone
 
 
 def main() -> None:
@@ -87,88 +217,249 @@ def main() -> None:
         parser.error(f"--only: {', '.join(unknown)}: not one of {', '.join(known)}")
     seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
     before = machine.facts()
-    runs: list[Run] = []
-    for name in names:
+    if multi.NAME in names:
         for seed in seeds:
-            found = multi.measured(seed, options) if name == multi.NAME else [measured(name, seed, options)]
-            runs += found
-            for run in found:
-                print(f"{run.case} seed {seed}: {run.who} {run.value:.2f}", file=sys.stderr, flush=True)
-    settings = {name: asdict(CASES[name]) for name in names if name in CASES} | multi.settings()
-    publish(
-        CLAIM, runs, options, versions={"regraft": our_versions()}, settings=settings, targets=targets, before=before
-    )
+            multi.measured(seed, options)
+    wanted = dict.fromkeys(figure.of for name in names if name in CASES for figure in CASES[name].figures.values())
+    if options.restart:
+        for name in wanted:
+            for seed in seeds:
+                forget(name, seed, options)
+    for seed in seeds:
+        for name in wanted:
+            if seed == 0 or name not in ONE_SEED:
+                measure(name, seed, options)
+    runs = everything_measured(seeds, options) + multi.everything_measured(seeds, options, options.out or PUBLISHED)
+    found = {**published_versions(options), OURS: our_versions()}
+    if any(isinstance(LEARNINGS[name], Example) for name in wanted):
+        found["transformers"] = versions(peer_python("trainer"), ("torch", "transformers", "accelerate", "numpy"))
+    cases = dict.fromkeys(run.case for run in runs)
+    settings = {name: described(name) if name in CASES else multi.settings()[name] for name in cases}
+    publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
 
 
-def targets(cases: dict[str, Any]) -> list[Target]:
-    """The figures that were promised for this machine's size."""
+def published_versions(options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """What figures of earlier commands were measured with."""
+    published = options.out or PUBLISHED
+    return json.loads(published.read_text(encoding="utf-8"))["versions"] if published.is_file() else {}
+
+
+def targets(cases: Mapping[str, Any]) -> list[Target]:
+    """The figures that were promised: of medians over seeds."""
     found = multi.targets(cases)
-    for name, case in ((name, case) for name, case in cases.items() if name in CASES):
-        what, wanted = f"{name}, {CASES[name].metric} on {CASES[name].split}, median of seeds", CASES[name].at_least
-        found.append(Target(what, case["medians"][OURS], at_least=wanted))
-    medians = {name: case["medians"][OURS] for name, case in cases.items()}
-    if {"wnut17-crf", "wnut17-linear"} <= medians.keys():
-        gain = medians["wnut17-crf"] - medians["wnut17-linear"]
-        found.append(Target("wnut17, the CRF less the linear head", gain, at_least=0.0))
+    for name, summary in cases.items():
+        if name not in CASES:
+            continue
+        case, medians = CASES[name], summary["medians"]
+        metric = case.figures[OURS].metric
+        if OURS in medians and case.at_least is not None:
+            found.append(Target(f"{name}, {metric}", medians[OURS], at_least=case.at_least))
+        for other, margin in case.beats.items():
+            if OURS in medians and other in medians:
+                gain = medians[OURS] - medians[other]
+                what = f"{name}, {metric}, better than {other} by"
+                found.append(Target(what, gain if case.points else -gain, at_least=margin))
     return found
 
 
-def measured(name: str, seed: int, options: argparse.Namespace) -> Run:
-    """A trained model's figure: kept from before, or made now."""
-    case = CASES[name]
-    config = configuration(case, seed, options)
-    mark = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
-    folder = WORK / "tasks" / mark  # two figures of one training share it
-    if options.restart:
+def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[Run]:
+    """Every figure that this and earlier commands measured with today's settings."""
+    runs = []
+    for name, case in CASES.items():
+        for seed in sorted({0, 1, 2, *seeds}):
+            for who, figure in case.figures.items():
+                details = earlier(figure.of, seed, options)
+                if details is not None:
+                    value = details["metrics"][figure.split][figure.metric] * (100 if case.points else 1)
+                    runs.append(Run(name, who, seed, round(value, 4), details))
+    return runs
+
+
+# ---- learning -----------------------------------------------------------------------------------------------------
+
+
+def work_name(name: str, seed: int, options: argparse.Namespace) -> str:
+    """Where what a learning found is kept: other settings, of it or of what it starts from, give another name."""
+    mark = hashlib.sha256(json.dumps(decisive(name, options), sort_keys=True).encode()).hexdigest()[:16]
+    return f"{name}-{seed}-{mark}"
+
+
+def decisive(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All that decides what is learned, but the seed. Paths, threads and the like do not."""
+    learning = LEARNINGS[name]
+    if isinstance(learning, Example):
+        return {"example": learning.settings, "of": decisive(learning.like, options)}
+    data = learning.data if isinstance(learning.data, dict) else learning.data.__name__
+    found = {"task": learning.task, "data": data, "training": learning.training, "model": learning.model}
+    found |= {"columns": learning.columns, "more": learning.more, "encoder": learning.encoder}
+    if learning.encoder in LEARNINGS:
+        found["encoder"] = decisive(learning.encoder, options)
+    return found | {"precision": precision(), "quick": options.quick}
+
+
+def precision() -> str:
+    return "bf16" if machine.has_fast_bf16() else "fp32"
+
+
+def described(name: str) -> dict[str, Any]:
+    """A case's settings, for the result's readers."""
+    figures = CASES[name].figures
+    learnings = {}
+    for figure in figures.values():
+        found = LEARNINGS[figure.of]
+        values = dict(vars(found))
+        if callable(values.get("data")):
+            values["data"] = f"task_rows.{values['data'].__name__}"
+        learnings[figure.of] = values
+    return {"metric": figures[OURS].metric, "split": figures[OURS].split, "learned": learnings}
+
+
+def earlier(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
+    """What a learning found: from its work file, or from the published result."""
+    work = work_name(name, seed, options)
+    kept = WORK / "tasks" / f"{work}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    published = options.out or PUBLISHED
+    if options.restart or not published.is_file():
+        return None
+    for case in json.loads(published.read_text(encoding="utf-8"))["cases"].values():
+        for run in case["runs"]:
+            if run["details"].get("settings") == work:
+                return run["details"]
+    return None
+
+
+def forget(name: str, seed: int, options: argparse.Namespace) -> None:
+    work = WORK / "tasks" / work_name(name, seed, options)
+    shutil.rmtree(work, ignore_errors=True)
+    work.with_name(f"{work.name}.json").unlink(missing_ok=True)
+
+
+def measure(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Learn, unless that was done before, and keep what was found."""
+    if earlier(name, seed, options) is None:
+        learn(name, seed, options)
+    found = earlier(name, seed, options)
+    if found is None:
+        raise TurnFailed(f"{name}: what was found is gone")
+    told = ", ".join(
+        f"{split} {key} {value:.4f}" for split, some in found["metrics"].items() for key, value in some.items()
+    )
+    print(f"{name} seed {seed}: {told}", file=sys.stderr, flush=True)
+
+
+def learn(name: str, seed: int, options: argparse.Namespace) -> None:
+    work = work_name(name, seed, options)
+    folder = WORK / "tasks" / work
+    learning = LEARNINGS[name]
+    train = follow_example if isinstance(learning, Example) else regraft
+    found = train(name, seed, folder, options) | {"settings": work}
+    beside = folder.with_name(f"{work}.tmp")
+    beside.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    beside.replace(folder.with_name(f"{work}.json"))
+    starts = {some.encoder for some in LEARNINGS.values() if isinstance(some, Learning)}
+    if name in starts:
+        shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    else:
         shutil.rmtree(folder, ignore_errors=True)
-    kept = folder / "found.json"
-    if not kept.is_file():
-        spec = {"config": {**config, "run": str(folder / "run")}, "folder": folder}
-        found = turn(sys.executable, "regraft_train.py", spec, threads=options.threads)
-        kept.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    found = json.loads(kept.read_text(encoding="utf-8"))
-    value = 100 * found["metrics"][case.split][case.metric]
-    return Run(name, OURS, seed, value, {"seconds": found["run_seconds"], "own_figures": found["metrics"]})
 
 
-def configuration(case: Case, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    root = sources.data_root()
-    data = {key: str(root / value) if key in ("train", "dev", "test") else value for key, value in case.data.items()}
+def regraft(name: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    config = configuration(name, seed, options) | {"run": str(folder / "run")}
+    found = turn(sys.executable, "regraft_train.py", {"config": config, "folder": folder}, threads=options.threads)
+    commit = our_versions().get("commit", "")
+    history = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [{"step": r["step"], **r["metrics"]} for r in history if r["kind"] == "eval" and r["split"] == "dev"]
+    return {"metrics": found["metrics"], "seconds": found["run_seconds"], "by_evaluation": steps, "commit": commit}
+
+
+def configuration(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The run's configuration, but for its folder."""
+    learning = LEARNINGS[name]
+    assert isinstance(learning, Learning)
+    training = {**learning.training, "seed": seed, "precision": precision(), "threads": options.threads}
     if options.quick:
-        data["limit"] = QUICK_ROWS
-        data |= {"train": data["train"], "test": short(data["test"], data.get("format"))}
-        data.pop("dev", None)
+        training |= {"epochs": 1, "max_steps": QUICK_STEPS}
     return {
-        "model": {"name": str(encoder_folder()), "max_length": case.max_length},
-        "task": {**case.task, "metric": case.metric if case.task["type"] == "tagging" else "f1"},
-        "data": data,
-        "training": {
-            "learning_rate": case.learning_rate,
-            "head_learning_rate": case.head_learning_rate,
-            "batch_size": case.batch_size,
-            "epochs": 1 if options.quick else case.epochs,
-            "seed": seed,
-            "threads": options.threads,
-        },
+        "model": {"name": starting_point(learning.encoder, options), **learning.model},
+        "task": learning.task,
+        "data": {**files(learning, options), **learning.columns},
+        "training": training,
+        **learning.more,
     }
 
 
-def short(path: str, form: str | None) -> str:
-    """A few test rows, for --quick."""
+def starting_point(encoder: str, options: argparse.Namespace) -> str:
+    """The encoder's folder; a learning's run folder is trained first where it is not here."""
+    if encoder == MINILM:
+        return str(encoder_folder())
+    if encoder == CHINESE:
+        return task_rows.chinese_vocabulary()
+    folder = WORK / "tasks" / work_name(encoder, 0, options) / "run"
+    if not (folder / "best" / "config.json").is_file():
+        learn(encoder, 0, options)
+    return str(folder)
 
+
+def files(learning: Learning, options: argparse.Namespace) -> dict[str, Any]:
+    """The rows' files; a few rows of each for --quick."""
+    if callable(learning.data):
+        return learning.data(options.quick)
+    root = sources.data_root()
+    found: dict[str, Any] = {split: str(root / path) for split, path in learning.data.items()}
+    if options.quick:
+        found = {split: short(path) for split, path in found.items()} | {"limit": QUICK_ROWS}
+    return found
+
+
+def short(path: str) -> str:
+    """The first sentences of a file of sentences with blank lines between."""
     file = Path(path)
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as content_of:
-        text = content_of.read()
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as content:
+        text = content.read()
     target = WORK / "tasks" / f"short-{file.name.removesuffix('.gz')}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if ".json" in file.name:
-        content = json.loads(text)
-        content["data"] = [{**content["data"][0], "paragraphs": content["data"][0]["paragraphs"][:5]}]
-        text = json.dumps(content)
-    else:
-        text = "\n\n".join(text.split("\n\n")[:QUICK_ROWS]) + "\n"
-    target.write_text(text, encoding="utf-8")
+    target.write_text("\n\n".join(text.split("\n\n")[:QUICK_ROWS]) + "\n\n", encoding="utf-8")
     return str(target)
+
+
+def follow_example(name: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """transformers' example for answers on the same rows, judged by the same rules."""
+    example = LEARNINGS[name]
+    assert isinstance(example, Example)
+    learning = LEARNINGS[example.like]
+    assert isinstance(learning, Learning)
+    rows, training = files(learning, options), learning.training
+    spec = {
+        "kind": "answering",
+        "model": starting_point(learning.encoder, options),
+        "train": rows["train"],
+        "test": rows["test"],
+        "answers": folder / "answers.json",
+        "max_length": learning.model["max_length"],
+        "seed": seed,
+        "threads": options.threads,
+        "folder": folder / "checkpoints",
+        **example.settings,
+        "arguments": {
+            "learning_rate": training["learning_rate"],
+            "per_device_train_batch_size": training["batch_size"],
+            "per_device_eval_batch_size": 32,
+            "num_train_epochs": 1 if options.quick else training["epochs"],
+            "max_steps": QUICK_STEPS if options.quick else -1,
+            "weight_decay": 0.01,  # Regraft's defaults, as is the share of steps below
+            "warmup_steps": 0.06,
+            "use_cpu": True,
+            "bf16": precision() == "bf16",
+            "train_sampling_strategy": "group_by_length",  # less padding: the same learning in less time
+            "save_strategy": "no",
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    found = turn(peer_python("trainer"), "peers/tasks_run.py", spec, threads=options.threads)
+    judged = {"answers": folder / "answers.json", "rows": rows["test"]}
+    return {"metrics": {"test": turn(sys.executable, "score_answers.py", judged, threads=options.threads)}} | found
 
 
 if __name__ == "__main__":

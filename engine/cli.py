@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_methods(commands)
     _add_features(commands)
     _add_compare(commands)
+    _add_tokenizer(commands)
     for command in entry_points(group="regraft.commands"):
         command.load()(commands)
     return parser
@@ -77,6 +78,12 @@ def _add_features(commands: argparse._SubParsersAction) -> None:
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
     from regraft.engine.compare.command import add_parser
+
+    add_parser(commands)
+
+
+def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    from regraft.engine.tokenizer_command import add_parser
 
     add_parser(commands)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from regraft.engine.config_lines import distinct, explain, lines_of, refuse_twice
 from regraft.engine.errors import ConfigError, nearest
@@ -25,28 +25,14 @@ from regraft.engine.methods.settings import (
     QuantiseSettings,
     UnfreezeSettings,
 )
+from regraft.engine.model_settings import ModelConfig
 from regraft.engine.section import Section
 from regraft.engine.several.settings import MixingConfig, check_tasks, without_rows
 from regraft.engine.training.settings import MachineSettings, check_machine
 
 Rule = Literal["error", "drop"]
-# YAML reads a bare `off` as false.
-AutoOrOff = Annotated[Literal["auto", "off"], BeforeValidator(lambda value: "off" if value is False else value)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = str | int
-
-
-class ModelConfig(Section):
-    """The pretrained encoder."""
-
-    name: str = Field(description="folder, or name on the Hugging Face hub")
-    revision: str | None = Field(None, description="branch, tag or commit on the hub")
-    max_length: int | None = Field(
-        None, ge=3, description="tokens kept of a text or pair; null: what the model takes, at most 512"
-    )
-    packing: AutoOrOff = Field("auto", description="run without pad tokens where the model is proven to allow it")
-    kernels: AutoOrOff = Field("auto", description="off: plain transformers modules, for comparison")
-    dropout: float | None = Field(None, ge=0, lt=1, description="null: the model's own")
 
 
 TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm", "choice", "ordinal")
@@ -271,6 +257,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> RunConfig:
         check_tasks(self)
+        self.model.check(self.method)
         check_machine(self.method, self.training)
         for section, methods in SECTIONS.items():
             if self.method not in methods and getattr(self, section) != type(getattr(self, section))():

@@ -16,7 +16,7 @@ from regraft.engine.methods.settings import ADAPTERS, VIRTUAL
 from regraft.engine.report.data import ReportData
 from regraft.engine.report.formats import count, duration, metric_name, metric_value, number, percent
 from regraft.engine.report.provenance import dropped
-from regraft.engine.report.summary import model_name, summary
+from regraft.engine.report.summary import from_nothing, model_name, summary
 
 # The hub's own names of these figures: https://huggingface.co/metrics
 HUB_METRICS = {
@@ -51,6 +51,7 @@ SETTINGS = (
     ("task.label_smoothing", "Label smoothing"),
     ("training.precision", "Precision"),
     ("training.seed", "Seed"),
+    ("model.new_words", "New words in the vocabulary"),
     ("model.max_length", "Longest input (tokens)"),
 )
 
@@ -77,7 +78,7 @@ def front_matter(data: ReportData) -> dict[str, Any]:
     library = "regraft" if data.task == "several" or _own_head(data) else "transformers"
     pipeline = PIPELINES.get(data.task, "text-classification")
     front: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}
-    if HUB_NAME.fullmatch(name) and not Path(name).exists():
+    if HUB_NAME.fullmatch(name) and not Path(name).exists() and not from_nothing(data):
         front["base_model"] = name
     front["tags"] = ["regraft", pipeline, data.task] + (["sentence-pairs"] if _pairs(data) else [])
     front["metrics"] = list(dict.fromkeys(HUB_METRICS[n] for n in figures if n in HUB_METRICS and n != "loss"))
@@ -233,7 +234,8 @@ def _labels(data: ReportData) -> list[str]:
 
 
 def _training(data: ReportData) -> list[str]:
-    parts = ["## Training", f"Pretrained encoder: {plain(model_name(data))}."]
+    begun = "Trained from random weights, with the tokenizer of" if from_nothing(data) else "Pretrained encoder:"
+    parts = ["## Training", f"{begun} {plain(model_name(data))}."]
     splits = data.data_notes.get("splits") or {}
     if splits:
         rows = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from regraft.engine.methods.virtual import Prefix, PrefixedState, Prompt, virtua
 from regraft.engine.output_scale import OutputScale
 from regraft.engine.packing import PackedBatch, pack
 from regraft.kernels.attention import plan_layout
+
+if TYPE_CHECKING:
+    from regraft.engine.vocabulary_head import VocabularyHead
 
 ATTENTION = "regraft_packed"
 PROOF_TOLERANCE = 1e-4
@@ -97,6 +100,7 @@ class RunningModel(nn.Module):
         self.packed = False
         self.reason = ""
         self.output_scale: OutputScale | None = None
+        self.vocabulary_head: VocabularyHead | None = None
         self.virtual = virtual_tokens(model)
         self._state = PackedState()
         self._parameters_taken = set(inspect.signature(getattr(model, "backbone", model).forward).parameters)
@@ -113,11 +117,18 @@ class RunningModel(nn.Module):
     def uses_token_types(self) -> bool:
         return "token_type_ids" in self._parameters_taken and getattr(self.model.config, "type_vocab_size", 0) > 1
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Any:
         rows = None
         if isinstance(self.virtual, Prompt):
             batch, rows = self.virtual.before(batch)
-        logits = self._forward_packed(batch) if self.packed else self._forward_padded(batch)
+        run = self._forward_packed if self.packed else self._forward_padded
+        head = self.vocabulary_head
+        if head is not None and self.training and torch.is_grad_enabled():
+            with head.holding():
+                found: Any = run(batch)
+            paired = isinstance(found, PairedLogits)
+            return PairedLogits(head.rows(found.tokens), found.pairs) if paired else head.rows(found)
+        logits = run(batch)
         if rows is not None and self.reads == "tokens":
             logits = logits.index_select(0, rows)
         return logits if self.output_scale is None else self.output_scale(logits)
@@ -185,6 +196,7 @@ class RunningModel(nn.Module):
             if "forward" in vars(module):
                 del module.forward  # what `use_kernels` bound
         vars(self).pop("layout_of", None)
+        self.vocabulary_head = None
         if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._padded_attention)
         self.packed, self.reason = False, reason
@@ -227,6 +239,7 @@ class RunningModel(nn.Module):
     def use_kernels(self) -> None:
         """Bind the fast forwards on this model's instances; parameters stay."""
         from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections, bind_rotary
+        from regraft.engine.vocabulary_head import bind_vocabulary_head
 
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         if on_cpu:
@@ -244,6 +257,7 @@ class RunningModel(nn.Module):
                 from regraft.engine.fast_gpu import bind_fused
 
                 bind_fused(self)
+        self.vocabulary_head = bind_vocabulary_head(self)
 
     def _install(self) -> None:
         for module in self.model.modules():
@@ -290,9 +304,10 @@ class RunningModel(nn.Module):
 
 
 class PairedLogits(NamedTuple):
-    """Logits of marked tokens [M, V] and of pairs of sentences [B, 2], as models for pre-training give them."""
+    """Logits of marked tokens [M, V] (or `HeldBack` rows) and of pairs of sentences [B, 2], as models for pre-training
+    give them."""
 
-    tokens: Tensor
+    tokens: Any
     pairs: Tensor
 
 
@@ -303,7 +318,8 @@ def _picked(logits: Tensor, marks: Tensor | None) -> Tensor:
 def logits_of(output: Any) -> Any:
     """The head's logits; an answer's start and end as two columns; of a model for pre-training both kinds."""
     if "prediction_logits" in output:
-        return PairedLogits(output.prediction_logits, output.seq_relationship_logits)
+        pairs = output.sop_logits if "sop_logits" in output else output.seq_relationship_logits
+        return PairedLogits(output.prediction_logits, pairs)
     if "start_logits" in output:
         return torch.stack((output.start_logits, output.end_logits), dim=-1)
     return output.logits

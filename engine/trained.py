@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from regraft.engine.config import DataConfig, ModelConfig, RunConfig
 from regraft.engine.errors import ModelError, nearest
 from regraft.engine.files import new_folder, write_text
-from regraft.engine.pretrained import resolve
+from regraft.engine.pretrained import source_of
 from regraft.engine.tasks import Task, task_from_spec
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ def save_trained(
         with running.output_scale.folded() if running.output_scale else nullcontext():
             adaptation.save(beside)
         hugging_face_tokenizer(config.model).save_pretrained(beside)
+        if data.new_words is not None:
+            data.tokenizer.save(beside)  # tokenizer.json is all that has grown
         facts = {
             "task": data.task.spec(),
             "max_length": data.max_length,
@@ -71,12 +73,16 @@ def save_trained(
         write_facts(beside, facts)
 
 
-@lru_cache(maxsize=2)
 def hugging_face_tokenizer(model: ModelConfig) -> Any:
     """transformers' own tokenizer object, loaded once: its files make the model folder complete."""
+    return _tokenizer_of(source_of(model), model.revision)
+
+
+@lru_cache(maxsize=2)
+def _tokenizer_of(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(resolve(model.name), revision=model.revision)
+    return AutoTokenizer.from_pretrained(name, revision=revision)
 
 
 def write_facts(folder: Path, facts: dict[str, Any]) -> None:

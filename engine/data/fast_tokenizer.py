@@ -118,6 +118,11 @@ def from_transformers(tokenizer: Any) -> FastTokenizer:
     return _from_content(tokenizer.backend_tokenizer.to_str(), settings)
 
 
+def with_content(tokenizer: FastTokenizer, content: str) -> FastTokenizer:
+    """The same settings over another tokenizer.json."""
+    return _from_content(content, tokenizer.settings())
+
+
 def _from_content(content: str, settings: dict[str, Any]) -> FastTokenizer:
     from tokenizers import Tokenizer
 

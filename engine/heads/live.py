@@ -25,6 +25,7 @@ from regraft.engine.tasks.base import TOKENS
 
 if TYPE_CHECKING:
     from regraft.engine.config import ModelConfig, RunConfig
+    from regraft.engine.new_words import NewWords
 
 
 class LiveModel(GraftedEncoder):
@@ -79,15 +80,15 @@ def _full_precision(device: str) -> AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def model_of(config: RunConfig, task: Task) -> Any:
+def model_of(config: RunConfig, task: Task, new_words: NewWords | None = None) -> Any:
     """The model that a run trains: transformers' own with its head, or the bare encoder with one of ours.
 
     Raises ModelError and ConfigError.
     """
     if not on_live_encoder(config):
-        return load_classifier(config.model, task)
+        return load_classifier(config.model, task, new_words)
     check_head(config.head.type, config.task.type, task.reads)
-    backbone = load_encoder(config.model)
+    backbone = load_encoder(config.model, new_words)
     depth, hidden = int(backbone.config.num_hidden_layers), int(backbone.config.hidden_size)
     layers = chosen_layers(config.features.layers, depth, config.model.name)
     tokens = task.reads == TOKENS

@@ -38,6 +38,11 @@ def model_name(data: ReportData) -> str:
     return PurePath(str(data.setting("model.name", "a pretrained encoder"))).name or "a pretrained encoder"
 
 
+def from_nothing(data: ReportData) -> bool:
+    """Whether the run began with random weights, so that `model.name` is where its tokenizer is from."""
+    return data.setting("model.config") is not None
+
+
 def train_rows(data: ReportData) -> int | None:
     return ((data.data_notes.get("splits") or {}).get("train") or {}).get("rows")
 
@@ -45,6 +50,8 @@ def train_rows(data: ReportData) -> int | None:
 def summary(data: ReportData) -> str:
     """Method, model, rows and time; then the best figure and when it was reached."""
     method = METHODS.get(str(data.setting("method", "full")), f"{{model}} trained with {data.setting('method')}")
+    if from_nothing(data):
+        method = "An encoder trained from random weights"
     said = method.replace("{model}", model_name(data)) + f" for {TASKS.get(data.task, data.task)}"
     if train_rows(data):
         said += f" on {count(train_rows(data))} rows"

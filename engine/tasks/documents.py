@@ -1,12 +1,19 @@
-"""Documents as sequences to learn a language from: packed to full length, or as pairs of parts."""
+"""Documents: read, cut to full length for a language to be learned from, and where their sentences begin."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from regraft.engine.data.rows import Rows
+from regraft.engine.errors import DataError
+
+if TYPE_CHECKING:
+    from regraft.engine.config import DataConfig
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；])|\n+")
 LEAST = 8  # tokens of text that are worth a sequence of their own
@@ -41,67 +48,44 @@ def full_length(lengths: Sequence[int], room: int, specials: int) -> tuple[list[
     return parts, [count for count in units if count]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two parts; `label` 0: the second follows the first, 1: it does not."""
-
-    first: Part
-    second: Part
-    label: int
-
-
 def sentence_starts(text: str) -> list[int]:
     """Characters at which sentences begin."""
     return sorted({0, *(found.end() for found in SENTENCE_END.finditer(text) if found.end() < len(text))})
 
 
-def pairs(sentences: Sequence[Sequence[int]], room: int, how: str, rng: np.random.Generator) -> list[Pair]:
-    """Pairs of at most `room` tokens in all. `sentences`: for each document the tokens its sentences begin at, and its
-    end. 'nsp': half of the second parts are of another document; 'order': half of the pairs are swapped."""
-    found: list[Pair] = []
-    able = [row for row, bounds in enumerate(sentences) if len(bounds) > 1 and bounds[-1] > 0]
-    for row in able:
-        bounds = sentences[row]
-        at = 0
-        while at < len(bounds) - 1:
-            last = at + 1
-            while last < len(bounds) - 1 and bounds[last + 1] - bounds[at] <= room:
-                last += 1
-            if last - at > 1:
-                middle = int(rng.integers(at + 1, last))
-                first, second = Part(row, bounds[at], bounds[middle]), Part(row, bounds[middle], bounds[last])
-                wrong = bool(rng.integers(2)) and (how == "order" or len(able) > 1)
-                if wrong and how == "order":
-                    first, second = second, first
-                elif wrong:
-                    second = _elsewhere(sentences, able, row, room - (first.end - first.start), rng)
-                    last = middle  # what was not used is used next
-                found.append(_shortened(first, second, room, int(wrong)))
-            at = last
-    return found
+def read_documents(path: str, data: DataConfig, *, split: str, limit: int | None) -> Rows:
+    """Documents of a file: rows' texts, or of a .txt file what stands between blank lines (a line each where there are
+    none). Raises DataError."""
+    from regraft.engine.data.read import iter_texts
+
+    plain = str(path).removesuffix(".gz").endswith(".txt")
+    dropped: dict[str, int] = {}
+    found = iter_texts(path, data.model_copy(update={"empty": "keep"}) if plain else data, dropped=dropped)
+    texts: list[str] = []
+    lines: list[int] = []
+    for number, text in _documents(((row.line, row.text) for row in found), plain):
+        if limit is not None and len(texts) >= limit:
+            break
+        texts.append(text)
+        lines.append(number)
+    if not texts:
+        raise DataError(f"{path}: no documents")
+    return Rows(split, str(path), texts, None, np.array(lines, dtype=np.int64), dropped=dropped)
 
 
-def _elsewhere(
-    sentences: Sequence[Sequence[int]], able: Sequence[int], row: int, room: int, rng: np.random.Generator
-) -> Part:
-    other = row
-    while other == row:
-        other = able[int(rng.integers(len(able)))]
-    bounds = sentences[other]
-    at = int(rng.integers(len(bounds) - 1))
-    last = at + 1
-    while last < len(bounds) - 1 and bounds[last + 1] - bounds[at] <= room:
-        last += 1
-    return Part(other, bounds[at], bounds[last])
-
-
-def _shortened(first: Part, second: Part, room: int, label: int) -> Pair:
-    sizes = [first.end - first.start, second.end - second.start]
-    while sum(sizes) > room:
-        long = int(sizes[1] >= sizes[0])
-        sizes[long] -= sum(sizes) - room if sizes[long] - (sum(sizes) - room) >= sizes[1 - long] else 1
-    return Pair(
-        Part(first.row, first.start, first.start + sizes[0]),
-        Part(second.row, second.start, second.start + sizes[1]),
-        label,
-    )
+def _documents(lines: Iterator[tuple[int, str]], plain: bool) -> Iterator[tuple[int, str]]:
+    if not plain:
+        yield from lines
+        return
+    every = list(lines)
+    if not any(not text.strip() for _, text in every):
+        yield from every
+        return
+    start, held = 0, []
+    for number, text in [*every, (0, "")]:
+        if text.strip():
+            start = start or number
+            held.append(text)
+        elif held:
+            yield start, "\n".join(held)
+            start, held = 0, []

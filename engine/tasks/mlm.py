@@ -6,8 +6,7 @@ rows and no others.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,10 @@ from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.tasks.base import MARKED, Metrics, Outputs, Prediction, Span, Task
 from regraft.engine.tasks.classification import softmax
-from regraft.engine.tasks.documents import Part, full_length, pairs, sentence_starts
+from regraft.engine.tasks.documents import full_length, read_documents, sentence_starts
+from regraft.engine.tasks.language_metrics import LanguageMetrics
 from regraft.engine.tasks.masking import choose, hide
+from regraft.engine.tasks.sentence_pairs import PairExamples, PairSource, sentences_of
 from regraft.engine.tasks.windows import Pieces, StoreBuilder, pieces_of, template
 from regraft.engine.tasks.words import words_of
 
@@ -91,6 +92,14 @@ class MaskedLanguage(Task):
     ) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros(len(rows), dtype=np.int64), np.arange(len(rows))
 
+    def attach(self, model: Any) -> None:
+        heads = ("seq_relationship", "sop_classifier")
+        if self.sentences != "none" and not any(n.rpartition(".")[2] in heads for n, _ in model.named_modules()):
+            raise ConfigError(
+                f"task.sentences: {self.sentences}: {type(model).__name__} has no head for pairs of sentences; BERT and "
+                "ALBERT have. Set task.sentences: none"
+            )
+
     # -- documents to sequences ----------------------------------------------------------------------------------------
 
     def examples(
@@ -110,11 +119,13 @@ class MaskedLanguage(Task):
             return self._to_fill(rows, tokenizer, max_length)
         tokens = pieces_of(tokenizer, rows.texts, rows.where)
         words = [_words(text, pieces) for text, pieces in zip(rows.texts, tokens, strict=True)]
-        made = self._full(rows, tokenizer, max_length, tokens, words) if self.sentences == "none" else None
-        made = made or self._pairs(rows, tokenizer, max_length, tokens, words)
+        make = self._full if self.sentences == "none" else self._pairs
+        made = make(rows, tokenizer, max_length, tokens, words)
         if not len(made):
-            raise DataError(f"{rows.path}: no document has two sentences, so there are no pairs (task.sentences)")
-        self._pair_weight = max(1.0, self.share * float((made.words >= 0).sum()) / len(made.store))  # type: ignore[operator, union-attr]
+            lacks = "any text" if self.sentences == "none" else "two sentences, so there are no pairs (task.sentences)"
+            raise DataError(f"{rows.path}: no document has {lacks}")
+        if rows.split == "train":
+            self._pair_weight = max(1.0, self.share * float((made.words >= 0).sum()) / len(made.store))  # type: ignore[operator, union-attr]
         return made
 
     def _full(
@@ -129,43 +140,32 @@ class MaskedLanguage(Task):
             spoken.append(_placed(places, words[part.row][part.start : part.end]))
         groups = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         row_of = np.array([part.row for part in parts], dtype=np.int64)
-        return self._made(rows, builder, spoken, row_of, groups, np.zeros(len(parts), dtype=np.int64))
+        flat = np.concatenate(spoken).astype(np.int32) if spoken else np.zeros(0, dtype=np.int32)
+        none = np.zeros(len(parts), dtype=np.int64)  # no pairs, no labels
+        weights = np.ones(len(parts), dtype=np.float32)
+        return Examples(rows, builder.store(), none, weights, row_of=row_of, groups=groups, words=flat)
 
     def _pairs(
         self, rows: Rows, tokenizer: FastTokenizer, max_length: int, tokens: list[Pieces], words: list[np.ndarray]
     ) -> Examples:
         shape = template(tokenizer, 2)
-        bounds = []
-        for text, pieces in zip(rows.texts, tokens, strict=True):
-            starts = np.searchsorted(pieces.chars[:, 0], sentence_starts(text))
-            bounds.append(sorted({*map(int, starts), len(pieces.ids)}))
-        rng = np.random.Generator(np.random.Philox(len(rows)))
-        found = sorted(pairs(bounds, max_length - shape.tokens, self.sentences, rng), key=lambda p: p.first.row)
-        builder, spoken = StoreBuilder(tokenizer), []
-        cut = lambda part: (tokens[part.row].ids[part.start : part.end], words[part.row][part.start : part.end])  # noqa: E731
-        for pair in found:
-            (a, a_words), (b, b_words) = cut(pair.first), cut(pair.second)
-            ids, types, places = shape.sequence(a, b)
-            builder.add(ids, types)
-            spoken.append(_placed(places, np.concatenate([a_words, b_words + 1 + a_words.max(initial=0)])))
-        row_of = np.array([pair.first.row for pair in found], dtype=np.int64)
-        labels = np.array([pair.label for pair in found], dtype=np.int64)
-        return self._made(rows, builder, spoken, row_of, None, labels)
-
-    def _made(
-        self,
-        rows: Rows,
-        builder: StoreBuilder,
-        words: list[np.ndarray],
-        row_of: np.ndarray,
-        groups: np.ndarray | None,
-        labels: np.ndarray,
-    ) -> Examples:
-        flat = np.concatenate(words).astype(np.int32) if words else np.zeros(0, dtype=np.int32)
-        store = builder.store()
-        counts = {} if groups is not None else {"follows": int((labels == 0).sum()), "does not": int(labels.sum())}
-        weights = np.ones(len(store), dtype=np.float32)
-        return Examples(rows, store, labels, weights, row_of=row_of, groups=groups, words=flat, counts=counts)
+        room = max_length - shape.tokens
+        if room < 2:
+            raise ConfigError(f"model.max_length: {max_length} leaves no room for pairs (task.sentences)")
+        begins = [
+            np.searchsorted(pieces.chars[:, 0], sentence_starts(text))
+            for text, pieces in zip(rows.texts, tokens, strict=True)
+        ]
+        sentences = sentences_of([pieces.ids for pieces in tokens], words, begins)
+        stretches = sentences.stretches(room)
+        row_of = np.searchsorted(sentences.ends, stretches[:, 0], side="right")
+        source = PairSource(sentences, stretches, row_of, shape, tokenizer, room, self.sentences)
+        units = np.arange(len(stretches))
+        builder, spoken, labels = source.make(units, np.random.Generator(np.random.Philox(len(rows))))
+        weights, counts = np.ones(len(units), dtype=np.float32), {"pairs": len(units)}
+        return PairExamples(
+            rows, builder.store(), labels, weights, row_of=row_of, words=spoken, counts=counts, source=source
+        )
 
     def _to_fill(self, rows: Rows, tokenizer: FastTokenizer, max_length: int) -> Examples:
         token, number = mask_token(tokenizer.backend) or ("", -1)
@@ -192,11 +192,13 @@ class MaskedLanguage(Task):
         """The units with tokens hidden, as examples of their own."""
         if examples.marks is not None:
             return examples, units
+        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, len(units)])))
+        if isinstance(examples, PairExamples):
+            examples, units = examples.drawn(units, rng), np.arange(len(units))
         assert examples.words is not None and examples.targets is not None
         sequences = examples.sequences(units)
         where = examples.tokens(sequences)
         lengths = examples.store.lengths[sequences]
-        rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, len(units)])))
         owner = np.repeat(np.arange(len(sequences)), lengths)
         chosen = choose(examples.words[where], owner, self.share, self.masking, rng)
         _, mask_id = mask_token(self._backend)  # type: ignore[misc]
@@ -237,9 +239,15 @@ class MaskedLanguage(Task):
     def batch_loss(self, logits: Any, targets: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
         from torch.nn.functional import cross_entropy
 
+        from regraft.engine.vocabulary_head import HeldBack
+
         words, pair = logits if isinstance(logits, tuple) else (logits, None)
         live = (weights > 0).any().float()  # a process without a share takes part with nothing
-        total = cross_entropy(words.float(), targets[: len(words)], reduction="sum") * live
+        hidden = targets[: len(words)]
+        if isinstance(words, HeldBack):
+            total = words.cross_entropy(hidden) * live
+        else:
+            total = cross_entropy(words.float(), hidden, reduction="sum") * live
         if pair is not None:
             total = (
                 total + cross_entropy(pair.float(), targets[len(words) :], reduction="sum") * live * self._pair_weight
@@ -307,92 +315,9 @@ class MaskedLanguage(Task):
         return []  # the hardest documents say nothing that a reader can mend
 
 
-class LanguageMetrics(Metrics):
-    """Sums over hidden tokens, and how often each was to be found: the share of the commonest is the trivial accuracy."""
-
-    def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
-        self.seen: Counter[int] = Counter()
-
-    def update(self, logits: np.ndarray, targets: np.ndarray) -> None:
-        z = logits.astype(np.float64)
-        top = z.max(axis=-1, initial=-np.inf)
-        losses = top + np.log(np.exp(z - top[:, None]).sum(axis=-1)) - z[np.arange(len(targets)), targets]
-        right = int((z.argmax(axis=-1) == targets).sum()) if len(targets) else 0
-        self.sums.update({"tokens": len(targets), "loss": float(losses.sum()), "right": right})
-        self.seen.update(targets.tolist())
-
-    def pairs(self, found: int, label: int) -> None:
-        """One pair."""
-        self.sums.update({"pairs": 1, "pairs right": int(found == label), "pairs apart": label})
-
-    def state(self) -> Any:
-        return self.sums, self.seen
-
-    def merge(self, state: Any) -> None:
-        self.sums.update(state[0])
-        self.seen.update(state[1])
-
-    def compute(self) -> dict[str, float]:
-        tokens = max(self.sums["tokens"], 1)
-        mean = self.sums["loss"] / tokens
-        common = self.seen.most_common(1)
-        figures = {
-            "perplexity": float(np.exp(min(mean, 700.0))),
-            "loss": mean,
-            "accuracy": self.sums["right"] / tokens,
-            "trivial_accuracy": common[0][1] / tokens if common else 0.0,
-        }
-        if self.sums["pairs"]:
-            apart = self.sums["pairs apart"] / self.sums["pairs"]
-            figures |= {
-                "sentence_accuracy": self.sums["pairs right"] / self.sums["pairs"],
-                "trivial_sentence_accuracy": max(apart, 1 - apart),
-            }
-        return figures
-
-
 def mask_token(backend: Any) -> tuple[str, int] | None:
     """The tokenizer's mask and its number."""
     return next(((t, n) for t in MASKS if (n := backend.token_to_id(t)) is not None), None)
-
-
-def read_documents(path: str, data: DataConfig, *, split: str, limit: int | None) -> Rows:
-    """Documents of a file: rows' texts, or of a .txt file what stands between blank lines (a line each where there are
-    none). Raises DataError."""
-    from regraft.engine.data.read import iter_texts
-
-    plain = str(path).removesuffix(".gz").endswith(".txt")
-    dropped: dict[str, int] = {}
-    found = iter_texts(path, data.model_copy(update={"empty": "keep"}) if plain else data, dropped=dropped)
-    texts: list[str] = []
-    lines: list[int] = []
-    for number, text in _documents(((row.line, row.text) for row in found), plain):
-        if limit is not None and len(texts) >= limit:
-            break
-        texts.append(text)
-        lines.append(number)
-    if not texts:
-        raise DataError(f"{path}: no documents")
-    return Rows(split, str(path), texts, None, np.array(lines, dtype=np.int64), dropped=dropped)
-
-
-def _documents(lines: Iterator[tuple[int, str]], plain: bool) -> Iterator[tuple[int, str]]:
-    if not plain:
-        yield from lines
-        return
-    every = list(lines)
-    if not any(not text.strip() for _, text in every):
-        yield from every
-        return
-    start, held = 0, []
-    for number, text in [*every, (0, "")]:
-        if text.strip():
-            start = start or number
-            held.append(text)
-        elif held:
-            yield start, "\n".join(held)
-            start, held = 0, []
 
 
 def _words(text: str, pieces: Pieces) -> np.ndarray:
@@ -407,4 +332,4 @@ def _placed(places: np.ndarray, words: np.ndarray) -> np.ndarray:
     return found
 
 
-__all__ = ["MaskedLanguage", "Part", "mask_token", "read_documents"]
+__all__ = ["MaskedLanguage", "mask_token"]

@@ -16,6 +16,7 @@ from regraft.engine.data.tokens import TokenStore
 from regraft.engine.errors import DataError, ModelError
 
 SHARED = 64  # tokens that neighbouring windows share where nothing is set
+AT_ONCE = 1024  # texts handed to the tokenizer together: what it makes of a text takes far more memory than we keep
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,19 @@ class Pieces:
 
 def pieces_of(tokenizer: FastTokenizer, texts: Sequence[str], where: Any = None) -> list[Pieces]:
     """Tokens of texts. Raises DataError at half of a character, with the place that `where(i)` names."""
+    pieces: list[Pieces] = []
     try:
-        found = tokenizer.backend.encode_batch(list(texts), add_special_tokens=False)
+        for start in range(0, len(texts), AT_ONCE):
+            some = list(texts[start : start + AT_ONCE])
+            found = tokenizer.backend.encode_batch(some, add_special_tokens=False)
+            pieces += [_trimmed(text, encoding) for text, encoding in zip(some, found, strict=True)]
     except (UnicodeEncodeError, TypeError):
         for i, text in enumerate(texts):
             if any("\ud800" <= c <= "\udfff" for c in text):
                 place = f"{where(i)}: " if where else ""
                 raise DataError(f"{place}the text holds half of a character (a lone surrogate)") from None
         raise
-    return [_trimmed(text, encoding) for text, encoding in zip(texts, found, strict=True)]
+    return pieces
 
 
 def _trimmed(text: str, encoding: Any) -> Pieces:

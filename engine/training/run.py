@@ -162,7 +162,7 @@ class _Run:
         if training.sharding != "none" and not shared_out:
             self.say("training.sharding: there is one process, which holds everything")
         with together("loading the model"):
-            model = model_of(config, task)
+            model = model_of(config, task, self.data.new_words)
             attach_to_shards(model, task) if shared_out else task.attach(model)
         everything = sum(p.numel() for p in model.parameters())
         self.adaptation = adapt(model, config, self.precision)

@@ -14,7 +14,7 @@ from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.methods.settings import VIRTUAL
-from regraft.engine.pretrained import position_limit, resolve
+from regraft.engine.pretrained import position_limit, source_of
 from regraft.engine.tasks import Task
 from regraft.engine.threads import available_threads
 from regraft.engine.training.splits import read_parts
@@ -23,16 +23,19 @@ from regraft.engine.training.together import together
 if TYPE_CHECKING:
     import torch
 
+    from regraft.engine.new_words import NewWords
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run learns from. `splits`: train, dev and perhaps test."""
+    """What a run learns from. `splits`: train, dev and perhaps test; `new_words`: what the tokenizer was extended by."""
 
     task: Task
     tokenizer: FastTokenizer
     max_length: int
     splits: dict[str, Examples]
     notes: dict[str, Any] = field(default_factory=dict)
+    new_words: NewWords | None = None
 
 
 def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> Prepared:
@@ -49,10 +52,10 @@ def prepare(config: RunConfig, say: Callable[[str], None] = lambda line: None) -
 
 
 def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
-    name = resolve(config.model.name)
+    name = source_of(config.model)
     tokenizer = load_fast_tokenizer(name, revision=config.model.revision)
     before = config.prompt.tokens if config.method in VIRTUAL else 0  # they take up positions too
-    limit = position_limit(name)
+    limit = position_limit(name, config.model)
     takes = [n for n in (tokenizer.max_length, None if limit is None else limit - before) if n is not None]
     if min(takes, default=3) < 3:
         raise ConfigError(
@@ -65,10 +68,29 @@ def _prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
         )
     max_length = config.model.max_length or min([*takes, 512])
     task, parts = read_parts(config)
+    tokenizer, new_words = _extended(config, tokenizer, parts["train"], say)
     splits, notes = examples_of(config, task, parts, tokenizer, max_length)
     for name, note in notes.items():
         say(_split_line(name, note, max_length))
-    return Prepared(task, tokenizer, max_length, splits, notes)
+    return Prepared(task, tokenizer, max_length, splits, notes, new_words)
+
+
+def _extended(
+    config: RunConfig, tokenizer: FastTokenizer, train: Rows, say: Callable[[str], None]
+) -> tuple[FastTokenizer, NewWords | None]:
+    """The tokenizer with the new words that the configuration asks for. Raises ConfigError."""
+    wanted = config.model.new_words
+    if wanted is None:
+        return tokenizer, None
+    from regraft.engine.new_words import grow
+
+    texts = [*train.texts, *(pair for pair in train.pairs or () if isinstance(pair, str))]
+    grown, found = grow(tokenizer, wanted, texts)
+    words = () if found is None else found.words
+    asked = wanted if isinstance(wanted, int) else len(wanted)
+    shown = ", ".join(words[:6]) + (", ..." if len(words) > 6 else "")
+    say(f"{len(words):,} of {asked:,} new words in the vocabulary{': ' + shown if words else ''}")
+    return grown, found
 
 
 def examples_of(

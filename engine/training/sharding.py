@@ -188,6 +188,7 @@ def share_out(running: RunningModel, optimizer: torch.optim.Optimizer, accelerat
             "training.precision: fp32"
         )
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # none is changed in place
+    running.vocabulary_head = None  # held back, it would be read beside the model
     accelerator.prepare_model(running, evaluation_mode=True)  # autocast alone
     units = _layers(running.model)
     if next(running.parameters()).device.type != "cpu":

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,14 @@ import quality  # noqa: E402
 import score  # noqa: E402
 import sources  # noqa: E402
 import startup  # noqa: E402
+import task_rows  # noqa: E402
+import tasks  # noqa: E402
+import tasks_speed  # noqa: E402
 import train_cpu  # noqa: E402
 
 MEASUREMENTS = {"train_cpu": train_cpu, "quality": quality, "onnx_cpu": onnx_cpu, "startup": startup}
 MEASUREMENTS |= {"features": features, "compare": comparison, "methods": methods}
+MEASUREMENTS |= {"tasks": tasks, "tasks_speed": tasks_speed}
 SPEED = harness.Claim("speed", "Something a second", "things/s")
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA} (REGRAFT_DATA)")
@@ -427,6 +431,84 @@ def test_a_piece_that_is_published_is_not_measured_again(tmp_path: Path, monkeyp
     assert methods.earlier(piece, options) == run
     [target] = json.loads(out.read_text())["targets"]
     assert target["measured"] == -0.25 and target["at_least"] == -0.5 and target["reached"]
+
+
+# ---- encoder tasks ------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_of_a_task_counts_wherever_it_was_measured_with_the_same_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "WORK", tmp_path)
+    options = options_of(restart=False, out=tmp_path / "published.json")
+    work = tasks.work_name("wnut17", 0, options)
+    found = {"metrics": {"test": {"f1": 0.41234}}, "settings": work}
+    kept = tmp_path / "tasks" / f"{work}.json"
+    kept.parent.mkdir()
+    kept.write_text(json.dumps(found), encoding="utf-8")
+    (run,) = tasks.everything_measured([0], options)
+    assert (run.case, run.who, run.value) == ("wnut17", "regraft-linear", 41.234)
+    kept.unlink()
+    assert tasks.everything_measured([0], options) == []
+    options.out.write_text(json.dumps({"cases": {"wnut17": {"runs": [asdict(run)]}}}), encoding="utf-8")
+    assert tasks.everything_measured([0], options) == [run]
+    assert tasks.work_name("wnut17", 0, options_of(quick=False)) != work
+    learning = tasks.LEARNINGS["wnut17"]
+    monkeypatch.setitem(tasks.LEARNINGS, "wnut17", replace(learning, training={**learning.training, "epochs": 7}))
+    assert tasks.everything_measured([0], options) == [], "other settings, another figure"
+
+
+def test_a_run_that_goes_on_from_another_depends_on_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, name = options_of(), "imdb-1000-adapted"
+    before = tasks.work_name(name, 0, options), tasks.work_name("imdb-1000", 0, options)
+    start = tasks.LEARNINGS["imdb-adapted"]
+    monkeypatch.setitem(tasks.LEARNINGS, "imdb-adapted", replace(start, model={"max_length": 64}))
+    assert tasks.work_name(name, 0, options) != before[0]
+    assert tasks.work_name("imdb-1000", 0, options) == before[1]
+
+
+def test_every_case_has_figures_that_are_learned_and_targets_that_are_figures() -> None:
+    for name, case in tasks.CASES.items():
+        assert next(iter(case.figures)) == harness.OURS, name
+        assert case.beats.keys() <= case.figures.keys() and (case.beats or case.at_least), name
+        for figure in case.figures.values():
+            assert figure.of in tasks.LEARNINGS, name
+            encoder = getattr(tasks.LEARNINGS[figure.of], "encoder", tasks.MINILM)
+            assert encoder in {tasks.MINILM, tasks.CHINESE, *tasks.LEARNINGS}, name
+        assert json.loads(json.dumps(tasks.described(name)))["metric"]
+
+
+def test_less_perplexity_is_a_gain() -> None:
+    cases = {"imdb-perplexity": {"medians": {"regraft": 12.0, "regraft-head": 20.0}}}
+    (target,) = tasks.targets(cases)
+    assert (target.measured, target.reached) == (8.0, True)
+
+
+@needs_data
+def test_both_sides_cut_contexts_into_the_same_number_of_tokens(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoTokenizer
+
+    from regraft.engine.config import DataConfig, TaskConfig
+    from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
+    from regraft.engine.tasks import Answering
+
+    monkeypatch.setattr(sources, "WORK", tmp_path)
+    sys.path.insert(0, str(BENCH / "peers"))
+    try:
+        import tasks_run
+    finally:
+        sys.path.remove(str(BENCH / "peers"))
+    files = task_rows.questions(True)
+    spec = {"train": files["train"], "max_length": 384, "doc_stride": 128}
+    theirs, _, _ = tasks_run.answering(spec, AutoTokenizer.from_pretrained(tiny))
+    rows = Answering.read(files["train"], DataConfig(train=files["train"]), split="train")
+    task = Answering.from_rows(TaskConfig(type="answering", stride=128), rows, "label")
+    ours = task.examples(rows, load_fast_tokenizer(tiny), 384)
+    assert len(theirs) >= len(rows) and abs(len(ours.store) - len(theirs)) <= 2
+    tokens = sum(len(example["input_ids"]) for example in theirs)
+    assert abs(int(ours.store.lengths.sum()) - tokens) < 0.02 * tokens
 
 
 # ---- commands -----------------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.errors import DataError
 from regraft.engine.export import export_bundle
 from regraft.engine.predict import predict
-from regraft.engine.tasks.documents import full_length, pairs
+from regraft.engine.tasks.documents import full_length
 from regraft.engine.tasks.masking import choose, hide
 from regraft.engine.tasks.mlm import MaskedLanguage
+from regraft.engine.tasks.sentence_pairs import sentences_of
 from regraft.engine.trained import load_trained
 from regraft.engine.training.run import train
 from regraft.serve.session import Session
@@ -76,15 +77,24 @@ def test_documents_fill_units_to_the_brim_and_lose_nothing(lengths, room):
 @given(st.lists(st.lists(st.integers(1, 30), max_size=8), min_size=1, max_size=8), st.sampled_from(["nsp", "order"]))
 @settings(max_examples=200, deadline=None)
 def test_pairs_are_what_their_label_says(documents, how):
-    bounds = [[0, *np.cumsum(sentences).tolist()] for sentences in documents]
-    for pair in pairs(bounds, 24, how, np.random.default_rng(0)):
-        a, b = pair.first, pair.second
-        assert 0 < a.end - a.start + b.end - b.start <= 24
+    sizes = [sum(sentences) for sentences in documents]
+    owner = np.repeat(np.arange(len(documents)), sizes)
+    begins = [np.cumsum([0, *sentences])[:-1] for sentences in documents]
+    flat = sentences_of([np.arange(n) for n in sizes], [np.zeros(n, dtype=np.int64) for n in sizes], begins)
+    rng, paired = np.random.default_rng(0), set()
+    for first, last in flat.stretches(24).tolist():
+        paired.update(range(first, last))
+        a, b, label = flat.draw((first, last), 24, how, rng)
+        assert a[1] > a[0] and b[1] > b[0] and a[1] - a[0] + b[1] - b[0] <= 24
+        rows = [set(owner[start:end]) for start, end in (a, b)]
+        assert len(rows[0]) == len(rows[1]) == 1
         if how == "nsp":
-            assert (a.row != b.row) == bool(pair.label)
-            assert pair.label or a.end <= b.start
+            assert (rows[0] != rows[1]) == bool(label)
+            assert label or a[1] <= b[0]
         else:
-            assert a.row == b.row and (b.start < a.start) == bool(pair.label)
+            assert rows[0] == rows[1] and (b[0] < a[0]) == bool(label)
+    able = [row for row, sentences in enumerate(documents) if len(sentences) > 1]
+    assert paired == {s for s in range(len(flat.starts) - 1) if flat.document_of(s) in able}
 
 
 @pytest.mark.parametrize("how", ["token", "word", "span"])
@@ -129,6 +139,48 @@ def test_masks_are_fresh_each_time_and_the_same_for_the_same_step(tiny_model):
     assert np.array_equal(np.where(one.marks, one.targets, one.store.ids), made.store.ids)
     assert made.lengths.max() <= 48 and np.array_equal(one.lengths, made.lengths)
     assert one.unit_weights.sum() == one.marks.sum()
+
+
+def labels_of(task: MaskedLanguage, drawn) -> np.ndarray:
+    return task.targets_of(drawn, np.arange(len(drawn)))[-len(drawn) :]
+
+
+@pytest.mark.parametrize("how", ["nsp", "order"])
+def test_pairs_are_drawn_anew_each_time_and_the_same_for_the_same_step(tiny_model, how):
+    task = MaskedLanguage(sentences=how)
+    made = examples_of(tiny_model, task)
+    units = np.arange(len(made))[::2]
+    drawn = [task.draw(made, units, (0, step))[0] for step in range(12)]
+    again = task.draw(made, units, (0, 3))[0]
+    assert np.array_equal(again.store.ids, drawn[3].store.ids) and np.array_equal(again.targets, drawn[3].targets)
+    labels = np.stack([labels_of(task, some) for some in drawn])
+    assert (labels.min(axis=0) == 0).any() and (labels.max(axis=0) == 1).any()
+    assert len({some.tobytes() for some in labels}) > 6
+    assert all(some.lengths.max() <= 48 for some in drawn)
+    assert all(np.array_equal(some.row_of, made.row_of[units]) for some in drawn)
+
+
+def test_a_run_over_pairs_that_was_stopped_goes_on_bit_for_bit(mlm_config, tmp_path):
+    from safetensors.torch import load_file
+
+    path = mlm_config(sentences="nsp")
+    more = ["training.max_steps=9", "training.checkpoint_every=2", "training.evaluate_every=5"]
+    whole = train(load_config(path, [f"run={tmp_path / 'whole'}", *more]), quiet=True)
+
+    class Stopped(Exception):
+        pass
+
+    def stop(info):
+        if info.step == 4:
+            raise Stopped
+
+    config = load_config(path, [f"run={tmp_path / 'stopped'}", *more])
+    with pytest.raises(Stopped):
+        train(config, quiet=True, on_step=stop)
+    resumed = train(config, quiet=True)
+    assert resumed.metrics == whole.metrics
+    one, two = (load_file(r.folder / "best" / "model.safetensors") for r in (whole, resumed))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_logits_of_hidden_rows_are_those_of_the_whole(tiny_model):
@@ -182,23 +234,6 @@ def test_a_run_learns_the_language_and_fills_it_in_everywhere_the_same(mlm_confi
     assert [len(mask["candidates"]) for mask in json.loads(done.stdout)["masks"]] == [2]
 
 
-def test_pretrain_adapt_fine_tune_is_one_chain_of_run_folders(mlm_config, make_config, tmp_path):
-    first = train(
-        load_config(mlm_config(sentences="nsp"), [f"run={tmp_path / 'pretrain'}", "training.epochs=2"]), quiet=True
-    )
-    assert {"sentence_accuracy", "trivial_sentence_accuracy", "perplexity"} <= first.metrics["dev"].keys()
-    adapt = [f"run={tmp_path / 'adapt'}", f"model.name={first.folder}", "training.epochs=1", "task.masking=span"]
-    second = train(load_config(mlm_config(), adapt), quiet=True)
-    third = train(load_config(make_config(), [f"run={tmp_path / 'tune'}", f"model.name={second.folder}"]), quiet=True)
-    assert 0 <= third.metrics["dev"]["accuracy"] <= 1
-    # What was learned before is where the next run begins.
-    from safetensors.torch import load_file
-
-    name = "bert.embeddings.word_embeddings.weight"
-    one, two = (load_file(r.folder / "best" / "model.safetensors")[name] for r in (first, second))
-    assert 0 < float((one - two).abs().max()) < 1.0
-
-
 def test_one_step_in_parts_is_the_step_as_a_whole(mlm_config, tmp_path):
     from safetensors.torch import load_file
 
@@ -209,6 +244,7 @@ def test_one_step_in_parts_is_the_step_as_a_whole(mlm_config, tmp_path):
             f"run={tmp_path / name}",
             f"training.token_budget={budget}",
             "training.max_steps=4",
+            "training.epsilon=1e-3",  # else AdamW makes whole steps of gradients that are rounding alone
             "model.dropout=0",
         ]
         result = train(load_config(path, settings), quiet=True)
