@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 
-from conftest import regraft, sentences
+from conftest import sentences
 from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError, ExportError, ModelError
 from regraft.engine.export import export_bundle
@@ -69,13 +69,12 @@ def test_a_bag_learns_and_answers_as_it_was_measured(bag, method, head):
     assert (result.folder / "report.html").is_file()
 
 
-def test_it_is_asked_and_refused_on_the_command_line(bag, tmp_path):
+def test_texts_of_unknown_words_are_answered_alike_and_there_is_no_graph(bag, tmp_path):
     result = bag("method=tfidf")
-    done = regraft("predict", result.folder, "good fine warm", "", "unheardof", "--format", "jsonl")
-    assert done.returncode == 0, done.stderr
-    first, empty, unknown = map(json.loads, done.stdout.splitlines())
-    assert first["label"] == "pos"
-    assert empty["scores"] == unknown["scores"], "nothing known is known of either"
+    answers = predict(load_trained(result.folder), [(t, None) for t in ("good fine warm", "", "unheardof")])
+    first, empty, unknown = (a.prediction for a in answers)
+    assert first.label == "pos"
+    assert empty.scores == unknown.scores, "nothing is known of either"
     with pytest.raises(ExportError, match="a bag of words is no graph"):
         export_bundle(result.folder, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()

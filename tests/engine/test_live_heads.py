@@ -56,7 +56,7 @@ def served(folder: Path, bundle: Path, layout: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("head", "layout", "more"),
     [
-        ("mlp", "packed", ["features.layers=all"]),
+        ("mlp", None, ["features.layers=all"]),
         ("attention", None, []),
         ("bilstm", "padded", ["training.ema=0.9"]),
         ("cnn", None, ["method=bitfit"]),
