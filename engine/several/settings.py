@@ -67,6 +67,11 @@ def check_tasks(config: RunConfig) -> None:
         raise ValueError(f"method: {config.method} trains one task; for several: {' or '.join(METHODS)}")
     if config.head.type != "linear":
         raise ValueError(f"head.type: {config.head.type}: heads of several tasks are transformers' own; remove it")
+    if config.model.new_words:
+        raise ValueError(
+            "model.new_words: every task's rows would add words of their own; add them in a run of masked words before and "
+            "give that run as model.name"
+        )
     if config.training.sharding != "none":
         raise ValueError("training.sharding: the heads of several tasks take turns, which shards do not; remove it")
     for name, task in config.tasks.items():
