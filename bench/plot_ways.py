@@ -69,7 +69,7 @@ def _curves(axis: Any, ways: list[dict[str, Any]], metric: str) -> None:
     axis.set_xscale("log")
     axis.set_title("over training rows, the best four in colour", fontsize=9, color=INK)
     if several:
-        axis.legend(fontsize=7.5, frameon=False, loc="lower right")
+        axis.legend(fontsize=7.5, framealpha=0.9, edgecolor=GRID, loc="best")
     _tidy(axis)
 
 

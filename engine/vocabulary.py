@@ -47,6 +47,11 @@ class UsedRows:
         if self.module.padding_idx is not None:
             self.module.padding_idx = int(self._place[self.module.padding_idx])
 
+    @property
+    def left_out(self) -> int:
+        """Bytes of the rows that nothing reads."""
+        return (self._table.shape[0] - len(self.rows)) * self._table.shape[1] * self._table.element_size()
+
     def renumber(self, ids: np.ndarray) -> np.ndarray:
         """Row numbers in the small table for token ids of the whole one."""
         return self._place[ids].astype(np.int32)

@@ -45,8 +45,7 @@ def compare(
             else:
                 todo.append((way, result))
         for number, (way, result) in enumerate(todo):
-            # What comes later gets its part of the time too; what is left over goes to more seeds.
-            own = time.time() + (deadline - time.time()) * (0.5 if number < len(todo) - 1 else 1.0)
+            own = time.time() + part_of_time(deadline - time.time(), len(todo) - number)
             curve = [1.0] if not way.labels or way.name == "majority" else list(shares)
             _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), say)
         again = [(way, r) for way, r in todo if r.complete and way.name not in ("majority", "zeroshot")]
@@ -54,6 +53,12 @@ def compare(
             points = [(1.0, s) for s in range(1, folds or seeds)]
             _work(config, way, result, points, deadline, folds, Path(scratch), say)
     return results
+
+
+def part_of_time(left: float, ways: int) -> float:
+    """Seconds that the next of `ways` may take of those that are left: half as much again as its share, so that those behind
+    it have time too. What it leaves is theirs, and in the end goes to more seeds."""
+    return left if ways == 1 else left * min(0.5, 1.5 / ways)
 
 
 def _work(
@@ -127,7 +132,10 @@ def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
         result.why = record["error"]
         say(f"{way.title}: {record['error']}")
     elif "needs" in record and record["share"] == 1.0 and not result.complete:
-        result.why = f"would take about {record['needs']:.0f} s more than the budget leaves"
-        say(f"{way.title}: on all rows it {result.why}")
+        needs = record["needs"]
+        result.why = (
+            f"on all rows it would take about {needs:.0f} s, more than was left" if needs else "no time was left"
+        )
+        say(f"{way.title}: {result.why}")
     elif "memory_mb" in record:
         result.memory_mb = max(result.memory_mb, record["memory_mb"])

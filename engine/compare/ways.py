@@ -34,7 +34,7 @@ WAYS = (
     Way("logistic", "frozen + logistic regression", {"method": "frozen", "head": {"type": "logistic"}, "training": FROZEN}),
     Way("linear", "frozen + linear", {"method": "frozen", "head": {"type": "linear"}, "training": FROZEN}),
     Way("mix", "frozen + scalar mix of layers", {"method": "frozen", "head": {"type": "linear", "mix": "scalar"}, "features": {"layers": "all"}, "training": FROZEN}),
-    Way("bilstm", "frozen + BiLSTM over last four layers", {"method": "frozen", "head": {"type": "bilstm", "mix": "concat", "hidden": 100, "dropout": 0.3}, "features": {"layers": "last4"}, "training": FROZEN}),
+    Way("bilstm", "frozen + BiLSTM over last four layers", {"method": "frozen", "head": {"type": "bilstm", "mix": "concat", "hidden": 100, "dropout": 0.3}, "features": {"layers": "last4", "precision": "bf16"}, "training": FROZEN}),
     Way("contrastive", "contrastive few-shot", {"method": "contrastive", "head": {"type": "logistic"}, "training": {"layer_decay": 1.0, "learning_rate": 5e-5, "epochs": 20, "batch_size": 32}}),
     Way("lora", "LoRA", {"method": "lora", "training": {"learning_rate": 5e-4}}),
     Way("full", "full fine-tuning", {"method": "full"}),

@@ -73,6 +73,12 @@ def _solver(config: HeadConfig) -> Any:
     return LogisticRegression(C=config.c, max_iter=1000)
 
 
+def import_solver(config: HeadConfig) -> None:
+    """Import what `fit` needs ahead of time: it takes longer than a small problem does, and is no training."""
+    if config.type in ("logistic", "svm"):
+        _solver(config)
+
+
 def _centroids(x: np.ndarray, targets: np.ndarray, task: Task) -> tuple[Tensor, Tensor]:
     counts = np.bincount(targets, minlength=task.outputs)
     if (counts == 0).any():

@@ -17,7 +17,7 @@ from regraft.engine.features.sources import parts_of
 from regraft.engine.features.spec import feature_spec, model_folder
 from regraft.engine.heads.adamw import FusedAdamW
 from regraft.engine.heads.fits import check_head
-from regraft.engine.heads.fitted import describe, fit
+from regraft.engine.heads.fitted import describe, fit, import_solver
 from regraft.engine.heads.head import ON_THE_SPHERE, Head, build_head
 from regraft.engine.heads.local import LocalProcess
 from regraft.engine.heads.model import save_grafted, save_head
@@ -56,6 +56,7 @@ class FrozenRun(_Run):
         if config.training.threads is None and self.spec.pooling != "none":
             torch.set_num_threads(1)  # 32 rows of a few hundred numbers: sharing them out costs more than it brings
         self.precision = "fp32"
+        import_solver(config.head)
 
     def build(self) -> None:
         training, train = self.config.training, self.data.splits["train"]

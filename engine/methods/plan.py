@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import nn
 
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.errors import ModelError, RegraftError
-from regraft.engine.methods.settings import SECTIONS
+from regraft.engine.methods.settings import ADAPTERS, SECTIONS
 
 PROBE_STEPS = 10
 PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
@@ -93,9 +93,10 @@ def plan_run(config: RunConfig, *, alternatives: bool = True) -> RunPlan:
     peak = _peak_bytes()
     chosen = _count(config.method, run.running.model, config, _activations(run, largest))
     counted = chosen.memory.peak
-    chosen = _with_rest(chosen, max(peak - counted, 0))
+    rest = max(peak - counted, 0)
+    chosen = _with_rest(chosen, rest + _read_back(config.method, run.running.model, run.vocabulary))
     others = tuple(
-        _alternative(m, config, run, largest, chosen) for m in ALTERNATIVES if alternatives and m != config.method
+        _alternative(m, config, run, largest, rest) for m in ALTERNATIVES if alternatives and m != config.method
     )
     tokens = int(examples.lengths.sum() * run.plan.total_steps / run.plan.steps_per_epoch)
     return RunPlan(
@@ -131,7 +132,7 @@ def _probe(run: Any, largest: np.ndarray) -> float:
     return tokens / max(seconds, 1e-9)
 
 
-def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, chosen: MethodPlan) -> MethodPlan:
+def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, rest: int) -> MethodPlan:
     from regraft.engine.heads.live import model_of
     from regraft.engine.methods.adapt import adapt
     from regraft.engine.methods.speed import use_method_kernels
@@ -163,7 +164,11 @@ def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, 
         activations = _activations(run, largest)
     finally:
         run.running, run.stepper.model = held, held
-    return _with_rest(_count(method, model, other, activations), chosen.memory.rest)
+    counted = _count(method, model, other, activations)
+    if used is not None and not model.get_input_embeddings().weight.requires_grad:
+        whole = replace(counted.memory, weights=counted.memory.weights + used.left_out)  # it would not be cut then
+        counted = replace(counted, memory=whole)
+    return _with_rest(counted, rest + _read_back(method, model, used))
 
 
 def _count(method: str, model: nn.Module, config: RunConfig, activations: int) -> MethodPlan:
@@ -177,6 +182,15 @@ def _count(method: str, model: nn.Module, config: RunConfig, activations: int) -
     averages = gradients if config.training.ema else 0
     memory = Memory(weights, gradients, 2 * a_moment * numbers, averages, activations)
     return MethodPlan(method, numbers, sum(p.numel() for p in model.parameters()), memory)
+
+
+def _read_back(method: str, model: nn.Module, used: Any) -> int:
+    """Bytes of the whole model that a run reads from its folder when it ends, with all it holds still in memory; an
+    adapter is small, and a GPU sees a tensor of it at a time."""
+    if method in ADAPTERS or torch.cuda.is_available():
+        return 0
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return whole if used is None else whole + used.left_out
 
 
 def _with_rest(plan: MethodPlan, rest: int) -> MethodPlan:

@@ -14,6 +14,8 @@ class Adapters(Several):
     """`tasks` by the names of their adapters. A row of logits belongs to one of them, its first columns to that task."""
 
     type = "adapters"
+    # A text is read as one task reads it, and which one that is stands beside it.
+    take, inputs, examples, answers = Task.take, Task.inputs, Task.examples, Task.answers
 
     @property
     def outputs(self) -> int:

@@ -7,16 +7,26 @@ import time
 
 import numpy as np
 import torch
+from sklearn.feature_extraction.text import TfidfTransformer
 
 from regraft.engine.heads.adamw import FusedAdamW
-from regraft.engine.heads.fitted import solve_rows
+from regraft.engine.heads.fitted import import_solver, solve_rows
 from regraft.engine.heads.run import accelerator_for
 from regraft.engine.training.optimizer import parameter_groups
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import StepInfo, _Run
 from regraft.engine.training.setup import Prepared, examples_of, set_threads
 from regraft.engine.training.splits import read_parts
-from regraft.engine.words.bags import BagModel, BagShape, RunningBag, frequent_runs, put_weights, runs_of_ids, save_bag
+from regraft.engine.words.bags import (
+    BagModel,
+    BagShape,
+    RunningBag,
+    counts,
+    frequent_runs,
+    put_weights,
+    runs_of_ids,
+    save_bag,
+)
 from regraft.engine.words.tokens import SPECIAL, choose_unit, count_words, word_tokenizer
 
 WHOLE = 1 << 20  # tokens of a text: none is cut
@@ -30,6 +40,7 @@ class BagRun(_Run):
         config = self.config
         self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
         self.threads, self.precision = set_threads(config), "fp32"
+        import_solver(config.head)
         task, parts = read_parts(config)
         texts = [*parts["train"].texts, *(parts["train"].pairs or ())]
         self.unit = choose_unit(texts) if config.words.unit == "auto" else config.words.unit
@@ -84,10 +95,6 @@ class BagRun(_Run):
 
     def fit_idf(self) -> None:
         """Set each run's inverse document frequency as scikit-learn does: ln((1 + n) / (1 + df)) + 1."""
-        from sklearn.feature_extraction.text import TfidfTransformer
-
-        from regraft.engine.words.bags import counts
-
         x = counts(self.numbers, self.owner, self.model.codes.numpy(), len(self.data.splits["train"].store))
         self.model.idf.copy_(torch.from_numpy(TfidfTransformer().fit(x).idf_.astype(np.float32)))
 

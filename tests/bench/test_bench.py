@@ -25,6 +25,7 @@ sys.path.insert(0, str(BENCH))
 import compare as comparison  # noqa: E402
 import features  # noqa: E402
 import harness  # noqa: E402
+import layers  # noqa: E402
 import machine  # noqa: E402
 import methods  # noqa: E402
 import onnx_cpu  # noqa: E402
@@ -39,7 +40,7 @@ import tasks_speed  # noqa: E402
 import train_cpu  # noqa: E402
 
 MEASUREMENTS = {"train_cpu": train_cpu, "quality": quality, "onnx_cpu": onnx_cpu, "startup": startup}
-MEASUREMENTS |= {"features": features, "compare": comparison, "methods": methods}
+MEASUREMENTS |= {"features": features, "compare": comparison, "methods": methods, "layers": layers}
 MEASUREMENTS |= {"tasks": tasks, "tasks_speed": tasks_speed}
 SPEED = harness.Claim("speed", "Something a second", "things/s")
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))
