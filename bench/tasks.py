@@ -367,7 +367,14 @@ def learn(name: str, seed: int, options: argparse.Namespace) -> None:
 
 def regraft(name: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = configuration(name, seed, options) | {"run": str(folder / "run")}
-    found = turn(sys.executable, "regraft_train.py", {"config": config, "folder": folder}, threads=options.threads)
+    spec = {"config": config, "folder": folder}
+    try:
+        found = turn(sys.executable, "regraft_train.py", spec, threads=options.threads)
+    except TurnFailed as error:
+        if "another configuration" not in str(error):
+            raise
+        shutil.rmtree(folder / "run")  # stopped before the configuration had the keys it has now
+        found = turn(sys.executable, "regraft_train.py", spec, threads=options.threads)
     commit = our_versions().get("commit", "")
     history = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [{"step": r["step"], **r["metrics"]} for r in history if r["kind"] == "eval" and r["split"] == "dev"]
