@@ -83,6 +83,8 @@ def hold_to_twice_the_error(
         theirs = values_and_gradients(plain, drawn, dtype, weight)
         with forced(form), poisoned():
             ours = values_and_gradients(kernel, drawn, dtype, weight)
+        for label, found in zip(labels, ours, strict=True):
+            assert found.dtype == dtype, f"{label} is {found.dtype}"
         return [Measured.of(*each) for each in zip(labels, exact, theirs, ours, strict=True)]
 
     hold_over_draws(measure)
@@ -98,13 +100,21 @@ class Measured:
     rounding: float
 
     @classmethod
-    def of(cls, label: str, exact: Tensor, plain: Tensor, found: Tensor, *, roundings: int = 1) -> Measured:
-        """Shape: three tensors alike; `exact` in fp64, `plain` and `found` in the dtype under test, `found` finite."""
-        assert found.dtype == plain.dtype, f"{label} is {found.dtype}"
+    def of(
+        cls,
+        label: str,
+        exact: Tensor,
+        plain: Tensor,
+        found: Tensor,
+        *,
+        roundings: int = 1,
+        to: torch.dtype | None = None,
+    ) -> Measured:
+        """Shape: three tensors alike, `exact` in fp64, `found` finite. `to`: what is rounded to, if not found's dtype."""
         assert torch.isfinite(found).all(), f"{label} holds values that are not finite"
         if not found.numel():
             return cls(label, 0.0, 0.0, 0.0)
-        size = torch.finfo(found.dtype).eps * float(exact.abs().max())
+        size = torch.finfo(to or found.dtype).eps * float(exact.abs().max())
         errors = (float((x.double() - exact).abs().max()) for x in (found, plain))
         return cls(label, *errors, roundings * size)
 

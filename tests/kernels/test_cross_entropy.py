@@ -61,7 +61,7 @@ def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, tokens, width, vocabu
         with forced(form), poisoned():
             found = results(masked_cross_entropy, dtype, chunk_rows=chunk)
         # 4: a product over the vocabulary is summed in another order where memory is laid out otherwise
-        return [Measured.of(*each, roundings=4) for each in zip(NAMES, exact, plain, found, strict=True)]
+        return [Measured.of(*each, roundings=4, to=dtype) for each in zip(NAMES, exact, plain, found, strict=True)]
 
     hold_over_draws(measure)
 
