@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.handler(args) or 0
     except RegraftError as error:
         print(f"regraft: {error}", file=sys.stderr)
+        from regraft.engine.training.together import end_at_once
+
+        end_at_once(2)
         return 2
     except KeyboardInterrupt:
         print("regraft: interrupted", file=sys.stderr)

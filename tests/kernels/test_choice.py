@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 
-from regraft.kernels import choice
+from regraft.kernels import choice, lang
 from regraft.kernels.checks import expect, expect_range
 
 
@@ -35,7 +35,7 @@ def test_an_unknown_setting_names_the_choices(monkeypatch):
 
 @pytest.mark.parametrize("installed, said", [(True, "sm_75, older than sm_80"), (False, "Triton is not installed")])
 def test_a_gpu_that_cannot_run_triton_says_so_once(monkeypatch, caplog, installed, said):
-    monkeypatch.setattr(choice, "HAS_TRITON", installed)
+    monkeypatch.setattr(lang, "HAS_TRITON", installed)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "T4")
