@@ -34,7 +34,7 @@ WAYS = (
     Way("logistic", "frozen + logistic regression", {"method": "frozen", "head": {"type": "logistic"}, "training": FROZEN}),
     Way("linear", "frozen + linear", {"method": "frozen", "head": {"type": "linear"}, "training": FROZEN}),
     Way("mix", "frozen + scalar mix of layers", {"method": "frozen", "head": {"type": "linear", "mix": "scalar"}, "features": {"layers": "all"}, "training": FROZEN}),
-    Way("bilstm", "frozen + BiLSTM over last four layers", {"method": "frozen", "head": {"type": "bilstm", "mix": "concat", "hidden": 100, "dropout": 0.3}, "features": {"layers": "last4", "precision": "bf16"}, "training": FROZEN}),
+    Way("bilstm", "frozen + BiLSTM over last four layers", {"method": "frozen", "head": {"type": "bilstm", "mix": "concat", "hidden": 100, "dropout": 0.3}, "features": {"layers": "last4", "precision": "bf16"}, "training": FROZEN | {"epochs": 6}}),
     Way("contrastive", "contrastive few-shot", {"method": "contrastive", "head": {"type": "logistic"}, "training": {"layer_decay": 1.0, "learning_rate": 5e-5, "epochs": 20, "batch_size": 32}}),
     Way("lora", "LoRA", {"method": "lora", "training": {"learning_rate": 5e-4}}),
     Way("full", "full fine-tuning", {"method": "full"}),
@@ -44,6 +44,7 @@ DEFAULT = ("majority", "tfidf", "vectors", "lstm", "logistic", "linear", "mix", 
 FOR_TAGS = ("vectors", "lstm", "linear", "mix", "bilstm", "lora", "full")  # where each word gets an answer
 OWN_HEAD = ("frozen", "contrastive", *WORD_METHODS, *BAG_METHODS)  # methods that take the head section
 LEAST_STEPS = 60  # of a trained way: an epoch over 1% of the rows is no training
+EVALUATIONS = 5  # on the dev rows while so few steps are taken
 FEW_SHOT_ROWS = 64  # a class: beyond it pairs of rows teach no more than the rows themselves
 
 
@@ -70,8 +71,17 @@ def configured(base: RunConfig, way: Way, *, seed: int, run: str, rows: int) -> 
     values["training"] = {**values["training"], "seed": seed}
     found = parse_config(values, source=f"compare ({way.title})")
     # parse_config has filled in what the user left open, by method.
-    epochs = max(found.training.epochs, LEAST_STEPS * found.training.batch_size / rows)
-    return found.model_copy(update={"training": found.training.model_copy(update={"epochs": epochs})})
+    epochs = LEAST_STEPS * found.training.batch_size / rows
+    if epochs <= found.training.epochs:
+        return found
+    # Many epochs over few rows: looking at the dev rows after each would take longer than learning.
+    changes = {"epochs": epochs, "evaluate_every": LEAST_STEPS // EVALUATIONS}
+    return found.model_copy(update={"training": found.training.model_copy(update=changes)})
+
+
+def rows_learned(base: RunConfig, way: Way, rows: int) -> float:
+    """How many rows training goes through, counted again in every epoch, with `rows` of them at hand."""
+    return rows * configured(base, way, seed=0, run="compare", rows=rows).training.epochs
 
 
 def available(base: RunConfig, names: tuple[str, ...]) -> list[tuple[Way, str]]:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from regraft.engine.compare.rows import fold_of, part_of, splits_of, write_rows
-from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured
+from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured, rows_learned
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import RegraftError
@@ -38,9 +38,13 @@ def main(path: str) -> int:
     task, splits = splits_of(base)
     folder = Path(job["folder"])
     last = job["last"]
+
+    def learned(share: float) -> float:
+        return rows_learned(base, way, max(1, round(share * len(splits["train"][0]))))
+
     for share, seed in job["points"]:
-        # Training grows with the rows; importing, evaluating and timing do not.
-        needs = last[1] - last[2] + last[2] * share / last[0] if last else 0.0
+        # Training grows with the rows it goes through; importing, evaluating and timing do not.
+        needs = last[1] - last[2] + last[2] * learned(share) / learned(last[0]) if last else 0.0
         if time.time() + needs > job["deadline"]:
             _say({"share": share, "seed": seed, "needs": needs})
             continue
