@@ -40,7 +40,10 @@ def main(path: str) -> int:
     last = job["last"]
 
     def learned(share: float) -> float:
-        return rows_learned(base, way, max(1, round(share * len(splits["train"][0]))))
+        rows = max(1, round(share * len(splits["train"][0])))
+        if way.name == "contrastive":
+            rows = min(rows, FEW_SHOT_ROWS * len(task.labels))
+        return rows_learned(base, way, rows)
 
     for share, seed in job["points"]:
         # Training grows with the rows it goes through; importing, evaluating and timing do not.
