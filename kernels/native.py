@@ -34,9 +34,9 @@ _log = logging.getLogger("regraft.kernels")
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the native form runs on these: all fp32 on CPU, not traced, and plain torch not forced."""
-    if torch.compiler.is_compiling() or not available():
-        return False
-    return all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    plain = all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    # asked last: it compiles the library, which a run on a GPU never needs
+    return plain and not torch.compiler.is_compiling() and available()
 
 
 def available() -> bool:
@@ -64,7 +64,7 @@ def call(name: str, *arguments: Any) -> int:
     if loaded is None:
         raise RuntimeError(f"{name}: C kernels are not available here")
     *others, threads = (ctypes.c_int64(x) if isinstance(x, int) else x for x in arguments)
-    return int(loaded[name](*others, ctypes.c_int(threads.value)))
+    return int(getattr(loaded, name)(*others, ctypes.c_int(threads.value)))
 
 
 @lru_cache(maxsize=1)
