@@ -268,6 +268,15 @@ def published_runs(path: Path, *, without: Sequence[str]) -> list[Run]:
     return [Run(**run) for case, summary in result["cases"].items() if case not in without for run in summary["runs"]]
 
 
+def published_with(path: Path, settings: str) -> list[Run]:
+    """Runs of an earlier result that were measured with these settings: `settings` in a run's details is their mark."""
+    if not path.is_file():
+        return []
+    cases = json.loads(path.read_text(encoding="utf-8"))["cases"].values()
+    runs = [run for case in cases for run in case.get("runs", [])]
+    return [Run(**run) for run in runs if run["details"].get("settings") == settings]
+
+
 def command_line() -> str:
     """The command as it is typed in the repository root."""
     script = Path(sys.argv[0]).resolve()

@@ -19,7 +19,7 @@ from typing import Any
 
 import machine
 from environments import encoder_folder, our_versions
-from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, turn
+from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, turn
 from tasks import NCBI, QUICK_ROWS, WNUT, short
 
 CLAIM = Claim(
@@ -132,13 +132,9 @@ def earlier(name: str, seed: int, options: argparse.Namespace) -> Run | None:
     if kept.is_file():
         details = json.loads(kept.read_text(encoding="utf-8"))
         return Run(name, OURS, seed, 100 * details["metrics"]["test"]["f1"], details | {"settings": folder.name})
-    published = options.out or PUBLISHED
-    if options.restart or not published.is_file():
+    if options.restart:
         return None
-    for run in json.loads(published.read_text(encoding="utf-8"))["cases"].get(name, {}).get("runs", []):
-        if run["details"].get("settings") == folder.name:
-            return Run(**run)
-    return None
+    return next((run for run in published_with(options.out or PUBLISHED, folder.name) if run.case == name), None)
 
 
 def measured(name: str, seed: int, options: argparse.Namespace) -> Run:

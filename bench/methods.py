@@ -22,7 +22,7 @@ import machine
 import sources
 import train_cpu
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, run, turn
+from harness import RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, run, turn
 from random_encoder import SIZES
 
 CLAIM = Claim("methods", "Methods beside full fine-tuning; the unit is in the case", "(see case)")
@@ -147,12 +147,8 @@ def earlier(piece: Piece, options: argparse.Namespace) -> Run | None:
     kept = WORK / "methods" / f"{piece.key}.json"
     if kept.is_file():
         return Run(**json.loads(kept.read_text(encoding="utf-8")))
-    published = options.out or PUBLISHED
-    if not published.is_file():
-        return None
-    cases = json.loads(published.read_text(encoding="utf-8"))["cases"]
-    same = (r for r in cases.get(piece.case, {}).get("runs", []) if r["details"].get("settings") == piece.key)
-    return next((Run(**record) for record in same), None)
+    same = published_with(options.out or PUBLISHED, piece.key)
+    return next((run for run in same if run.case == piece.case), None)
 
 
 def derived(known: list[Run]) -> list[Run]:
@@ -265,14 +261,10 @@ class TrainerWithPeft(train_cpu.Trainer):
     """transformers' Trainer with peft's LoRA, in the settings that are fastest for it; they are looked for once."""
 
     environment = "trainer_peft"
-    more = {  # noqa: RUF012
-        "lora": {
-            "r": 8,
-            "lora_alpha": 16,
-            "target_modules": ["query", "key", "value", "dense"],
-            "modules_to_save": ["classifier"],
-        }
-    }
+
+    def more(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+        layers = ["query", "key", "value", "dense"]
+        return {"lora": {"r": 8, "lora_alpha": 16, "target_modules": layers, "modules_to_save": ["classifier"]}}
 
     def __init__(self, case: train_cpu.Case, options: argparse.Namespace) -> None:
         self.case, self.options = case, options

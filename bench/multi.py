@@ -18,7 +18,7 @@ import machine
 import quality
 import sources
 from environments import encoder_folder
-from harness import OURS, WORK, Run, Target, turn
+from harness import OURS, WORK, Run, Target, published_with, turn
 
 NAME = "multi"
 ALONE = "alone"
@@ -63,15 +63,13 @@ def measured(seed: int, options: argparse.Namespace) -> list[Run]:
 def everything_measured(seeds: list[int], options: argparse.Namespace, published: Path) -> list[Run]:
     """What this and earlier commands measured with today's settings."""
     options = argparse.Namespace(**vars(_settled(options)) | {"restart": False})
-    cases = json.loads(published.read_text(encoding="utf-8"))["cases"] if published.is_file() else {}
     runs: list[Run] = []
     for seed in sorted({0, 1, 2, *seeds}):
         mark = _mark(seed, options)
         if (WORK / "tasks" / mark / "found.json").is_file():
             runs += measured(seed, options)
-            continue
-        known = [run for name in settings() for run in cases.get(name, {}).get("runs", [])]
-        runs += [Run(**run) for run in known if run["details"].get("settings") == mark]
+        else:
+            runs += published_with(published, mark)
     return runs
 
 

@@ -32,6 +32,7 @@ from harness import (
     TurnFailed,
     arguments,
     publish,
+    published_with,
     turn,
 )
 
@@ -127,13 +128,9 @@ def earlier(name: str, who: str, seed: int, options: argparse.Namespace) -> Run 
     if kept.is_file():
         details = json.loads(kept.read_text(encoding="utf-8"))
         return Run(name, who, seed, details["score"][RECIPES[name].metric], details | {"settings": folder.name})
-    published = options.out or PUBLISHED
-    if options.restart or not published.is_file():
+    if options.restart:
         return None
-    for run in json.loads(published.read_text(encoding="utf-8"))["cases"].get(name, {}).get("runs", []):
-        if run["details"].get("settings") == folder.name:
-            return Run(**run)
-    return None
+    return next((run for run in published_with(options.out or PUBLISHED, folder.name) if run.case == name), None)
 
 
 def work_folder(name: str, who: str, seed: int, options: argparse.Namespace) -> Path:

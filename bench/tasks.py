@@ -24,7 +24,7 @@ import multi
 import sources
 import task_rows
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, turn
+from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, turn
 
 CLAIM = Claim(
     "tasks", "Encoder tasks: figures on real data sets, points of 100", "points or perplexity", compare="difference"
@@ -320,14 +320,9 @@ def earlier(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]
     kept = WORK / "tasks" / f"{work}.json"
     if kept.is_file():
         return json.loads(kept.read_text(encoding="utf-8"))
-    published = options.out or PUBLISHED
-    if options.restart or not published.is_file():
+    if options.restart:
         return None
-    for case in json.loads(published.read_text(encoding="utf-8"))["cases"].values():
-        for run in case["runs"]:
-            if run["details"].get("settings") == work:
-                return run["details"]
-    return None
+    return next((run.details for run in published_with(options.out or PUBLISHED, work)), None)
 
 
 def forget(name: str, seed: int, options: argparse.Namespace) -> None:

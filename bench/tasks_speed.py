@@ -16,7 +16,7 @@ from typing import Any
 import machine
 import task_rows
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import WORK, Claim, Run, Target, arguments, publish, take_turns, turn
+from harness import Claim, Run, Target, arguments, publish, take_turns, turn
 from train_cpu import LEARNING, Trainer, fresh, speed
 
 CLAIM = Claim(
@@ -130,41 +130,11 @@ def regraft(case: Case, files: Mapping[str, str], options: argparse.Namespace, *
 class TaskTrainer(Trainer):
     """transformers' Trainer on one of these tasks; its settings are searched for as train_cpu.py does."""
 
-    case: Any
+    script = "peers/tasks_run.py"
 
-    def run(
-        self,
-        changes: Mapping[str, Any],
-        *,
-        threads: int,
-        seed: int,
-        compiled: bool = False,
-        timeout: float | None = None,
-    ) -> tuple[float, dict]:
-        warmup = self.case.warmup_steps + (20 if compiled and not self.options.quick else 0)
-        spec = {
-            "kind": self.case.kind,
-            "model": encoder_folder(),
-            "train": self.files["train"],
-            "max_length": self.case.max_length,
-            "doc_stride": 128,
-            "pad_to_max_length": not changes,  # the example for answers does; no other example
-            "seed": seed,
-            "threads": threads,
-            "folder": fresh("trainer"),
-            "warmup_steps": warmup,
-            "window_steps": self.case.window_steps,
-            "arguments": {
-                **LEARNING,
-                "per_device_train_batch_size": self.case.batch_size,
-                "max_steps": warmup + self.case.window_steps,
-                "use_cpu": True,
-                "save_strategy": "no",
-                **changes,
-            },
-        }
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor")}
-        return speed(turn(self.python, "peers/tasks_run.py", spec, threads=threads, timeout=timeout, environment=cache))
+    def more(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+        # the example for answers pads to the full length; no other example does
+        return {"kind": self.case.kind, "doc_stride": 128, "pad_to_max_length": not changes}
 
 
 if __name__ == "__main__":

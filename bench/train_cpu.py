@@ -142,10 +142,10 @@ def regraft(case: Case, files: Mapping[str, Path], options: argparse.Namespace, 
 
 
 class Trainer:
-    """transformers' Trainer on one case. `more`: what else a turn is told."""
+    """transformers' Trainer on one case, as `script` runs it."""
 
     environment = "trainer"
-    more: Mapping[str, Any] = {}
+    script = "peers/trainer_run.py"
 
     def __init__(self, case: Case, files: Mapping[str, Path], options: argparse.Namespace) -> None:
         self.case, self.files, self.options = case, files, options
@@ -183,6 +183,10 @@ class Trainer:
         print(f"trainer with {what}: {value:,.0f} tokens/s", file=sys.stderr, flush=True)
         return value
 
+    def more(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What else a turn with these changes to Trainer's arguments is told."""
+        return {}
+
     def run(
         self,
         changes: Mapping[str, Any],
@@ -203,7 +207,7 @@ class Trainer:
             "folder": fresh("trainer"),
             "warmup_steps": warmup,
             "window_steps": self.case.window_steps,
-            **self.more,
+            **self.more(changes),
             "arguments": {
                 **LEARNING,
                 "per_device_train_batch_size": self.case.batch_size,
@@ -214,9 +218,7 @@ class Trainer:
             },
         }
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor")}
-        return speed(
-            turn(self.python, "peers/trainer_run.py", spec, threads=threads, timeout=timeout, environment=cache)
-        )
+        return speed(turn(self.python, self.script, spec, threads=threads, timeout=timeout, environment=cache))
 
 
 def speed(found: dict[str, Any]) -> tuple[float, dict]:
