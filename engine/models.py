@@ -303,6 +303,39 @@ class RunningModel(nn.Module):
         return _replace_hidden(output, lambda hidden: self._state.layout.means(hidden[0])[:, None])
 
 
+class AroundBackbone(nn.Module):
+    """What RunningModel asks of transformers' models, for modules of ours around one of their encoders."""
+
+    base_model_prefix = "backbone"
+    backbone: Any
+    regraft_state: Any  # set by RunningModel: the layout of the batch that is running
+
+    @property
+    def config(self) -> Any:
+        return self.backbone.config
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.backbone
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.backbone.set_attn_implementation(name)
+
+
+def ready_to_answer(
+    model: Any, pad_token_id: int, *, packing: str, kernels: str, reads: str = "first", device: str | None = None
+) -> RunningModel:
+    """A model that will not be trained: on its device, packed where it can be, with the fast forwards bound."""
+    running = RunningModel(model, pad_token_id=pad_token_id, reads=reads)
+    running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    running.eval()
+    if packing == "auto":
+        running.run_packed()
+    if kernels == "auto":
+        running.use_kernels()
+    return running
+
+
 class PairedLogits(NamedTuple):
     """Logits of marked tokens [M, V] (or `HeldBack` rows) and of pairs of sentences [B, 2], as models for pre-training
     give them."""

@@ -115,14 +115,13 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
 
     `merge`: work an adapter into the weights where that rounds nothing; the answers are the same and faster.
     """
-    import torch
     import transformers
     from transformers.utils import logging
 
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
     from regraft.engine.methods.adapt import Adaptation
     from regraft.engine.methods.folder import is_adapter_folder, load_adapter
-    from regraft.engine.models import RunningModel
+    from regraft.engine.models import ready_to_answer
     from regraft.engine.pretrained import explain
 
     folder = find_trained(path)
@@ -157,13 +156,14 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(explain(str(folder), error)) from None
         adaptation = Adaptation(facts.get("method", "full"), model)
-    model = adaptation.model
-    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id, reads=task.reads)
-    running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if packing == "auto":
-        running.run_packed()
-        running.use_kernels()
-    running.eval()
+    running = ready_to_answer(
+        adaptation.model,
+        tokenizer.pad_token_id,
+        reads=task.reads,
+        packing=packing,
+        kernels=packing,
+        device=device,
+    )
     return Trained(
         folder,
         task,

@@ -15,14 +15,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
 from regraft.engine.errors import ModelError
+from regraft.engine.models import AroundBackbone
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from regraft.engine.models import RunningModel
 
-
-class GraftedEncoder(nn.Module):
+class GraftedEncoder(AroundBackbone):
     """An encoder cut off above the highest layer asked for, and a head over what it gives.
 
     `head` takes pooled rows [B, J, H], or for pooling 'none' cells [B, L, J, H] with `lengths` [B]; one that judges tokens
@@ -30,9 +29,7 @@ class GraftedEncoder(nn.Module):
     [T, J * H].
     """
 
-    base_model_prefix = "backbone"
     keeps_all_rows = True  # RunningModel hands on every token, not the first of each sequence
-    regraft_state: Any  # set by RunningModel: the layout of the batch that is running
 
     def __init__(
         self,
@@ -44,7 +41,7 @@ class GraftedEncoder(nn.Module):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.backbone: Any = backbone
+        self.backbone = backbone
         self.layers, self.pooling, self.normalise = tuple(layers), pooling, normalise
         self.head = head
         self.bare = head is None  # features come out, whether there is a head or not
@@ -52,17 +49,6 @@ class GraftedEncoder(nn.Module):
         # What comes out last is read where it comes out; lower layers where they pass.
         self._last_alone = self.depth > 0 and self.layers == (self.depth,)
         self._hooked = not self._last_alone and self._hook()
-
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self.backbone
-
-    def set_attn_implementation(self, name: str) -> None:
-        self.backbone.set_attn_implementation(name)
 
     def forward(self, **inputs: Tensor) -> ModelOutput:
         """As transformers' models: an output with `logits`."""
@@ -216,20 +202,3 @@ def load_backbone(folder: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(explain(str(folder), error)) from None
     return model.requires_grad_(False).eval()
-
-
-def running_encoder(
-    model: GraftedEncoder, pad_token_id: int, *, packing: str, kernels: str, reads: str = "first"
-) -> RunningModel:
-    """The encoder set up to run packed where it can, with the fast forwards bound. `reads`: 'tokens' where its head judges
-    each token, else 'first'."""
-    from regraft.engine.models import RunningModel
-
-    running = RunningModel(model, pad_token_id=pad_token_id, reads=reads)
-    running.to("cuda" if torch.cuda.is_available() else "cpu")
-    running.eval()
-    if packing == "auto":
-        running.run_packed()
-    if kernels == "auto":
-        running.use_kernels()
-    return running

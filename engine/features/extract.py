@@ -194,7 +194,8 @@ class Encoder:
     def __init__(self, config: RunConfig, spec: FeatureSpec, tokenizer: FastTokenizer) -> None:
         import torch
 
-        from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
+        from regraft.engine.features.encoder import GraftedEncoder, load_backbone
+        from regraft.engine.models import ready_to_answer
         from regraft.engine.training.setup import set_threads
 
         set_threads(config)
@@ -202,7 +203,7 @@ class Encoder:
         grafted = GraftedEncoder(
             load_backbone(model_folder(config)), spec.layers, spec.pooling, normalise=spec.normalise
         )
-        self.running = running_encoder(
+        self.running = ready_to_answer(
             grafted, tokenizer.pad_token_id, packing=config.model.packing, kernels=config.model.kernels
         )
         if spec.compute != "fp32":

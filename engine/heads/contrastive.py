@@ -15,13 +15,14 @@ from torch import Tensor
 
 from regraft.engine.batches import by_length, collate
 from regraft.engine.data.tokens import TokenStore
-from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
+from regraft.engine.features.encoder import GraftedEncoder, load_backbone
 from regraft.engine.features.spec import model_folder
 from regraft.engine.files import new_folder
 from regraft.engine.heads.fitted import fit
 from regraft.engine.heads.head import ON_THE_SPHERE, build_head
 from regraft.engine.heads.model import HEAD_FILE, load_head, save_head
 from regraft.engine.heads.run import accelerator_for
+from regraft.engine.models import ready_to_answer
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan, share_by_tokens
 from regraft.engine.training.run import _Run
@@ -102,7 +103,7 @@ class ContrastiveRun(_Run):
         head = build_head(config.head, 1, int(backbone.config.hidden_size), self.data.task.outputs)
         self.head = head.requires_grad_(False)
         self.model = GraftedEncoder(backbone, (depth,), "mean", head=head)
-        self.running = running_encoder(
+        self.running = ready_to_answer(
             self.model, self.data.tokenizer.pad_token_id, packing=config.model.packing, kernels=config.model.kernels
         )
         limit = training.max_steps

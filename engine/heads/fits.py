@@ -54,11 +54,13 @@ def _not_for_tokens(head: str, task: str) -> str:
 def _check_tokens(config: RunConfig) -> None:
     if config.head.type not in TAGGING_HEADS:
         raise ValueError(_not_for_tokens(config.head.type, config.task.type))
-    if config.features.pooling not in ("auto", "none"):
-        raise ValueError(
-            f"features.pooling: {config.features.pooling} keeps one row a text, and task.type: {config.task.type} needs every "
-            "token; remove it"
-        )
+    _check_unpooled(config, f"keeps one row a text, and task.type: {config.task.type} needs every token; remove it")
+
+
+def _check_unpooled(config: RunConfig, why: str) -> None:
+    pooling = config.features.pooling
+    if pooling not in ("auto", "none"):
+        raise ValueError(f"features.pooling: {pooling} {why}")
     if config.features.normalise:
         raise ValueError("features.normalise: for pooled rows only; remove it")
 
@@ -83,13 +85,11 @@ def _check_frozen(config: RunConfig) -> None:
 
 
 def _check_pooling_of_tokens(config: RunConfig) -> None:
-    if config.features.pooling not in ("auto", "none"):
-        raise ValueError(
-            f"features.pooling: {config.features.pooling} keeps one row a text, and head.type {config.head.type} reads every "
-            "token; set features.pooling: none, or a head that reads pooled rows (linear, mlp, logistic, svm)"
-        )
-    if config.features.normalise:
-        raise ValueError("features.normalise: for pooled rows only; remove it")
+    _check_unpooled(
+        config,
+        f"keeps one row a text, and head.type {config.head.type} reads every token; set features.pooling: none, or a head "
+        "that reads pooled rows (linear, mlp, logistic, svm)",
+    )
 
 
 def _check_live(config: RunConfig) -> None:

@@ -54,8 +54,9 @@ def load_grafted(folder: Path, facts: dict[str, Any], *, packing: str) -> Traine
     """Encoder and head as one model that answers texts. Raises ModelError."""
     from regraft.engine.config import DataConfig
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
-    from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
+    from regraft.engine.features.encoder import GraftedEncoder, load_backbone
     from regraft.engine.methods.adapt import Adaptation
+    from regraft.engine.models import ready_to_answer
     from regraft.engine.tasks import task_from_spec
     from regraft.engine.tasks.base import FIRST, TOKENS
     from regraft.engine.trained import Trained
@@ -67,7 +68,7 @@ def load_grafted(folder: Path, facts: dict[str, Any], *, packing: str) -> Traine
         load_backbone(folder), about["layers"], about["pooling"], normalise=about["normalise"], head=head
     )
     task = task_from_spec(facts["task"])
-    running = running_encoder(
+    running = ready_to_answer(
         grafted, tokenizer.pad_token_id, packing=packing, kernels=packing, reads=TOKENS if head.gives_tokens else FIRST
     )
     return Trained(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from regraft.engine.errors import ExportError
-from regraft.engine.features.encoder import GraftedEncoder, load_backbone, running_encoder
+from regraft.engine.features.encoder import GraftedEncoder, load_backbone
 from regraft.engine.features.spec import weights_hash
 from regraft.engine.heads.model import HEAD_FILE, load_head
+from regraft.engine.models import ready_to_answer
 from regraft.engine.trained import Trained, find_trained, read_facts
 
 
@@ -80,7 +81,7 @@ def load_several(models: Sequence[str | Path]) -> Trained:
             )
     heads = [load_head(folder / HEAD_FILE, about["head"]) for folder, about in zip(folders, facts, strict=True)]
     model = ManyHeads(load_backbone(first), heads, [about["features"] for about in facts])
-    running = running_encoder(model, tokenizer.pad_token_id, packing="auto", kernels="auto")
+    running = ready_to_answer(model, tokenizer.pad_token_id, packing="auto", kernels="auto")
     task = Several(tasks)
     data = DataConfig.model_validate(facts[0]["data"])
     whole = {**facts[0], "method": "frozen", "heads": names}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from regraft.engine.errors import ConfigError, ModelError
-from regraft.engine.models import logits_of
+from regraft.engine.models import AroundBackbone, logits_of
 from regraft.engine.output_scale import OutputScale, scale_output
 from regraft.engine.tasks.base import FIRST, MARKED
 
@@ -42,15 +42,12 @@ class Given(nn.Module):
         return self.holds.output
 
 
-class ManyHeads(nn.Module):
+class ManyHeads(AroundBackbone):
     """`views`: transformers' models, one a task, whose encoders are replaced by one of them.
 
     Logits of all heads come side by side: [B, sum of all C] where every head reads first rows; else at tokens, [1, T,
     sum of all C] packed or [B, L, sum of all C], a first row's logits repeated along its sequence.
     """
-
-    base_model_prefix = "backbone"
-    regraft_state: Any  # set by RunningModel: the layout of the batch that is running
 
     def __init__(self, views: Sequence[Any], reads: Sequence[str]) -> None:
         super().__init__()
@@ -58,7 +55,7 @@ class ManyHeads(nn.Module):
         sizes = [sum(p.numel() for p in encoder.parameters()) for encoder in encoders]
         chosen = sizes.index(max(sizes))  # one with a pooler, where any head needs it
         self.regraft_fresh = _fresh_names(views, chosen)
-        self.backbone: Any = encoders[chosen]
+        self.backbone = encoders[chosen]
         for view in views:
             setattr(view, view.base_model_prefix, Given())
         self.heads = nn.ModuleList(views)
@@ -70,17 +67,6 @@ class ManyHeads(nn.Module):
         pooler = getattr(self.backbone, "pooler", None)
         if self.joined_at_tokens and pooler is not None:  # takes `[:, 0]`
             pooler.register_forward_pre_hook(self._pooled_rows)
-
-    @property
-    def config(self) -> Any:
-        return self.backbone.config
-
-    @property
-    def base_model(self) -> nn.Module:
-        return self.backbone
-
-    def set_attn_implementation(self, name: str) -> None:
-        self.backbone.set_attn_implementation(name)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from regraft.engine.config import DataConfig, ModelConfig
@@ -25,19 +24,16 @@ def load_many(folder: Path, facts: dict[str, Any], *, packing: str, device: str 
     """Encoder and heads as one model that answers for every task. Raises ModelError."""
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
     from regraft.engine.methods.adapt import Adaptation
-    from regraft.engine.models import RunningModel
+    from regraft.engine.models import ready_to_answer
 
     several = task_from_spec(facts["task"])
     assert isinstance(several, Several)
     tokenizer = load_fast_tokenizer(str(folder))
     model = load_heads(ModelConfig(name=str(folder)), several)
     put_heads(model, folder)
-    running = RunningModel(model, pad_token_id=tokenizer.pad_token_id, reads=several.reads)
-    running.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if packing == "auto":
-        running.run_packed()
-        running.use_kernels()
-    running.eval()
+    running = ready_to_answer(
+        model, tokenizer.pad_token_id, reads=several.reads, packing=packing, kernels=packing, device=device
+    )
     data = DataConfig.model_validate(facts["data"])
     adaptation = Adaptation(facts["method"], model)
     return Trained(folder, several, tokenizer, facts["max_length"], data, facts, running, adaptation)

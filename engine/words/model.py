@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.errors import ModelError
-from regraft.engine.features.encoder import GraftedEncoder, running_encoder
+from regraft.engine.features.encoder import GraftedEncoder
 from regraft.engine.files import new_folder
 from regraft.engine.heads.head import Head, HeadShape
+from regraft.engine.models import ready_to_answer
 from regraft.engine.tasks.base import FIRST, TOKENS
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def running_words(model: GraftedEncoder) -> RunningModel:
     """The model set up to run packed; shown, as every model is, to give what the padded path gives."""
     head: Any = model.head
     reads = TOKENS if head.gives_tokens else FIRST
-    return running_encoder(model, 0, packing="auto", kernels="off", reads=reads)
+    return ready_to_answer(model, 0, packing="auto", kernels="off", reads=reads)
 
 
 def save_words(folder: Path, model: GraftedEncoder, tokenizer: Any, facts: dict[str, Any]) -> None:
