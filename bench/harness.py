@@ -219,12 +219,14 @@ def publish(
     settings: Mapping[str, Any] | None = None,
     targets: Callable[[Mapping[str, Any]], list[Target]] = lambda cases: [],
     before: Mapping[str, Any] | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Print the table and, as the last line, the JSON; write it to --out or, unless --quick, to bench/results/.
 
-    `targets` makes the promised figures from the cases; `before` is machine.facts() taken before the first turn.
+    `targets` makes the promised figures from the cases; `before` is machine.facts() taken before the first turn; `kept`:
+    cases as an earlier command published them.
     """
-    cases = summarise(runs, claim, settings)
+    cases = {**(kept or {}), **summarise(runs, claim, settings)}
     reached = [{**asdict(target), "reached": target.reached} for target in targets(cases)]
     result = {
         "name": claim.name,
@@ -266,6 +268,17 @@ def published_runs(path: Path, *, without: Sequence[str]) -> list[Run]:
     if result.get("quick"):
         return []
     return [Run(**run) for case, summary in result["cases"].items() if case not in without for run in summary["runs"]]
+
+
+def published_cases(path: Path, *, without: Sequence[str]) -> dict[str, Any]:
+    """Cases of an earlier, not quick, result, each with when, how and of what it was measured."""
+    if not path.is_file():
+        return {}
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if result.get("quick"):
+        return {}
+    measured = {key: result[key] for key in ("command", "date", "machine", "versions")}
+    return {name: {"measured": measured, **case} for name, case in result["cases"].items() if name not in without}
 
 
 def published_with(path: Path, settings: str) -> list[Run]:

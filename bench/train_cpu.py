@@ -21,6 +21,7 @@ import sources
 from environments import encoder_folder, our_versions, peer_python, versions
 from harness import (
     OURS,
+    RESULTS,
     WORK,
     Claim,
     Run,
@@ -28,6 +29,7 @@ from harness import (
     TurnFailed,
     arguments,
     publish,
+    published_cases,
     take_turns,
     turn,
 )
@@ -115,7 +117,8 @@ def main() -> None:
         "regraft": our_versions(),
         "trainer": versions(peer_python("trainer"), ("torch", "transformers", "accelerate", "numpy")),
     }
-    publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
+    kept = {} if options.quick else published_cases(options.out or RESULTS / f"{CLAIM.name}.json", without=list(cases))
+    publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before, kept=kept)
 
 
 def prepare(name: str, case: Case) -> dict[str, Path]:
