@@ -67,10 +67,20 @@ def _curves(axis: Any, ways: list[dict[str, Any]], metric: str) -> None:
             zorder=3 if named else 2,
         )
     axis.set_xscale("log")
+    shown = sorted({round(statistics.median(p["rows"] for p in points)) for points in _by_share(several)})
+    axis.set_xticks(shown, [f"{rows:,}" for rows in shown])
+    axis.minorticks_off()
     axis.set_title("over training rows, the best four in colour", fontsize=9, color=INK)
     if several:
-        axis.legend(fontsize=7.5, framealpha=0.9, edgecolor=GRID, loc="best")
+        # Below the curves: within, it hid one.
+        axis.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncol=2)
     _tidy(axis)
+
+
+def _by_share(ways: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The points of all ways, together where their share of the rows is the same."""
+    points = [point for way in ways for point in way["points"]]
+    return [[p for p in points if p["share"] == share] for share in sorted({p["share"] for p in points})]
 
 
 def _tidy(axis: Any) -> None:

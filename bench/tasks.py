@@ -96,7 +96,7 @@ NCBI = {
     "test": "bio-ncbi-disease/test.tsv",
 }
 EWT = {split: f"ud-en-ewt/en_ewt-ud-{split}.conllu.gz" for split in ("train", "dev", "test")}
-LABEL = {"learning_rate": 1e-4, "batch_size": 32}
+LABEL = {"learning_rate": 3e-4, "batch_size": 32}
 ANSWER = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 3}
 REVIEWS = {"learning_rate": 5e-5, "batch_size": 16, "epochs": 5}
 CONLL = {"format": "conll"}
@@ -105,15 +105,15 @@ ON_REVIEWS = {"learning_rate": 2e-4, "head_learning_rate": 1e-3, "batch_size": 3
 # What is trained. A case below names these; several may share one.
 LEARNINGS: dict[str, Learning | Example] = {
     "ewt": Learning({"type": "tagging", "metric": "accuracy"}, EWT, {**LABEL, "epochs": 4}, {"max_length": 256}),
-    "wnut17": Learning({"type": "tagging"}, WNUT, {**LABEL, "epochs": 6}, {"max_length": 256}, CONLL),
+    "wnut17": Learning({"type": "tagging"}, WNUT, {**LABEL, "epochs": 10}, {"max_length": 256}, CONLL),
     "wnut17-crf": Learning(
         {"type": "tagging", "crf": True},
         WNUT,
-        {**LABEL, "epochs": 6, "head_learning_rate": 1e-3},
+        {**LABEL, "epochs": 10, "head_learning_rate": 1e-3},
         {"max_length": 256},
         CONLL,
     ),
-    "ncbi": Learning({"type": "tagging"}, NCBI, {**LABEL, "epochs": 6}, {"max_length": 256}, CONLL),
+    "ncbi": Learning({"type": "tagging"}, NCBI, {**LABEL, "epochs": 8}, {"max_length": 256}, CONLL),
     "squad1": Learning({"type": "answering", "stride": 128}, task_rows.squad, ANSWER, {"max_length": 384}),
     "squad1-example": Example("squad1", {"doc_stride": 128, "max_answer_length": 30, "n_best_size": 20}),
     "imdb-adapted": Learning({"type": "mlm"}, task_rows.reviews_unlabelled, ON_REVIEWS, {"max_length": 128}),
