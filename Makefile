@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := env -u PYTHONPATH $(BIN)
+DEEPSPEED := build/deepspeed
 
 .PHONY: install demo test lint soak bench-quick plots gpu-path test-gpu bench-gpu tune-gpu clean
 
@@ -20,8 +21,16 @@ demo: install
 	$(RUN)/python examples/demo.py
 
 # Two test processes at a time, one thread each: threads that spin while they wait would hold up the other process.
-test: install
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(RUN)/python -m pytest -m "not soak" -n 2 --dist loadfile --durations=10 tests
+TESTING := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
+
+test: install $(DEEPSPEED)/.installed
+	$(TESTING) $(RUN)/python -m pytest -m "not soak" -n 2 --dist loadfile --durations=10 tests
+	$(TESTING) PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -n 2 tests/engine/test_zero.py
+
+# Apart from everything else: where it can be imported, transformers imports it in every run.
+$(DEEPSPEED)/.installed: constraints.txt | install
+	$(BIN)/pip install -q --no-deps --upgrade --target $(DEEPSPEED) $$(grep -E '^(deepspeed|einops|hjson|msgpack|ninja|py-cpuinfo)==' constraints.txt)
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

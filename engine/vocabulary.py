@@ -41,7 +41,7 @@ class UsedRows:
         self._place[rows] = np.arange(len(rows))
         device = self._table.device
         self.module.weight = nn.Parameter(self._table[self.rows.to(device)].clone())
-        self.trained: Any = self.module.weight  # as the optimizer knows it
+        self._group = -1
         self._table = self._table.cpu()  # a GPU has better use for rows that nobody reads
         self.module.num_embeddings = len(rows)
         if self.module.padding_idx is not None:
@@ -56,11 +56,15 @@ class UsedRows:
         """Row numbers in the small table for token ids of the whole one."""
         return self._place[ids].astype(np.int32)
 
+    def decay_with(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's group that has the weight, before its parameters are cut up or moved."""
+        groups = optimizer.param_groups
+        self._group = next(i for i, g in enumerate(groups) if any(p is self.module.weight for p in g["params"]))
+
     def stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Decay the rows left out as the optimizer has just decayed the others."""
-        for group in optimizer.param_groups:
-            if any(p is self.trained for p in group["params"]):
-                self.decayed *= 1.0 - group["lr"] * group["weight_decay"]
+        group = optimizer.param_groups[self._group]
+        self.decayed *= 1.0 - group["lr"] * group["weight_decay"]
         if self.ema is not None:
             self.averaged = self.ema * self.averaged + (1.0 - self.ema) * self.decayed
 

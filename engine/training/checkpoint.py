@@ -109,7 +109,7 @@ def load_checkpoint(
     own = dict(model.named_parameters()) | {f"buffer:{n}": b for n, b in _own_buffers(model)}
     with torch.no_grad():
         for name, value in saved.items():
-            if name not in own or own[name].shape != value.shape:
+            if name not in own or getattr(own[name], "ds_shape", own[name].shape) != value.shape:
                 raise TrainingError(f"{path}: {name} {tuple(value.shape)} does not fit the model; start with --restart")
             if shards is None:
                 own[name].copy_(value)

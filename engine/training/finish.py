@@ -62,11 +62,11 @@ def load_best(run: _Run) -> None:
         from safetensors.torch import load_file
 
         from regraft.engine.methods.adapt import WEIGHTS
-        from regraft.engine.training.sharding import put, saved_tensors
+        from regraft.engine.training.sharding import saved_tensors
 
         best = run.folder / "best"
         weights = load_file(best / WEIGHTS) if run.adaptation.is_adapter else saved_weights(run.running.model, best)
-        put(run.vocabulary.cut(weights) if run.vocabulary else weights, saved_tensors(run.adaptation))
+        run.shards.put(run.vocabulary.cut(weights) if run.vocabulary else weights, saved_tensors(run.adaptation))
     elif run.adaptation.is_adapter:
         run.adaptation.load(run.folder / "best")
     else:

@@ -16,7 +16,7 @@ from typing import IO
 
 from regraft.engine.config import RunConfig
 from regraft.engine.errors import ConfigError, TrainingError
-from regraft.engine.training.together import machines
+from regraft.engine.training.together import check_deepspeed, machines
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 1.0  # a rank that dies takes others with it: wait until it can be told which was first
@@ -54,6 +54,7 @@ def check_processes(config: RunConfig, processes: int) -> None:
             f"--processes {processes}: training.batch_size is {config.training.batch_size}, so some would never have a "
             "sequence; raise it or use fewer processes"
         )
+    check_deepspeed(config.training.sharding)
     if "RANK" in os.environ:
         machines(config.training.sharding)
     if processes > 1 and config.unfreeze.gradual:

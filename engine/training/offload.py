@@ -92,7 +92,7 @@ class OffloadedAdamW:
 
 def offloaded(optimizer: Any, training: TrainingConfig, device: torch.device, say: Callable[[str], None]) -> Any:
     """The optimizer with its moments on the host where that is asked for and they are not there anyway."""
-    if not training.offload_optimizer:
+    if not training.offload_optimizer or training.sharding.startswith("zero"):  # DeepSpeed has a way of its own
         return optimizer
     if device.type == "cpu":
         say("training.offload_optimizer: the run is on the CPU, so the moments are in its memory anyway")

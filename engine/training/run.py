@@ -143,7 +143,13 @@ class _Run:
         from regraft.engine.training.offload import offloaded
         from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
         from regraft.engine.training.setup import choose_token_budget
-        from regraft.engine.training.sharding import accelerate_options, attach_to_shards, is_shared_out, share_out
+        from regraft.engine.training.sharding import (
+            accelerate_options,
+            attach_to_shards,
+            is_shared_out,
+            share_out,
+            stage_of,
+        )
         from regraft.engine.training.ways import set_way
 
         config, training = self.config, self.config.training
@@ -176,7 +182,7 @@ class _Run:
             self.running.run_packed()
             if not self.running.packed:
                 self.say(f"padded: {self.running.reason}")
-        if config.model.kernels == "auto":
+        if config.model.kernels == "auto" and stage_of(config) < 3:  # it follows modules, which the kernels pass by
             self.running.use_kernels()
             use_method_kernels(self.running, config, self.precision)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -185,12 +191,12 @@ class _Run:
         train_split = self.data.splits["train"]
         self.plan = self.make_plan()
         optimizer = build_optimizer(model, training, plus_ratio=config.lora.plus_ratio)
-        prepared: Any = self.running
+        if self.vocabulary:
+            self.vocabulary.decay_with(optimizer)
+        prepared: Any
         if shared_out:
             self.shards = share_out(self.running, optimizer, self.accelerator, config)
-            self.parameters = self.shards.parameters
-            if self.vocabulary:
-                self.vocabulary.trained = self.shards.part_of(self.vocabulary.module.weight)
+            prepared, optimizer, self.parameters = self.shards.model, self.shards.optimizer, self.shards.parameters
         else:
             prepared = self.accelerator.prepare_model(self.running)
             self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -225,8 +231,13 @@ class _Run:
         return Plan(rows, training.batch_size, training.seed, training.epochs, training.max_steps)
 
     def make_stepper(self, **parts: Any) -> Any:
+        from regraft.engine.training.sharding import stage_of
         from regraft.engine.training.step import Stepper
 
+        if stage_of(self.config):
+            from regraft.engine.training.zero import ZeroStepper
+
+            return ZeroStepper(**parts)
         return Stepper(**parts)
 
     def gradual_unfreezing(self, model: Any) -> Any:

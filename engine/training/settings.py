@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,10 +25,10 @@ class MachineSettings(Section):
     gradient_checkpointing: bool = Field(False, description="keep one activation a layer, compute the others again")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     token_budget: int | Literal["auto"] = Field("auto", description="most tokens in one micro-batch")
-    sharding: Literal["none", "full", "hybrid"] = Field(
+    sharding: Literal["none", "full", "hybrid", "zero1", "zero2", "zero3"] = Field(
         "none",
         description="several processes: full: weights, gradients and moments shared out among all of them (FSDP2); "
-        "hybrid: among those of one machine",
+        "hybrid: among those of one machine; zero1 to zero3: by DeepSpeed",
     )
     timeout: float = Field(
         1800, gt=0, description="seconds that processes wait for one of them before the run ends and names it"
@@ -60,8 +60,10 @@ class MachineSettings(Section):
         return self
 
 
-def check_machine(method: str, training: MachineSettings) -> None:
+def check_machine(method: str, training: Any) -> None:
     """Raises ValueError where the method cannot be run as the machine's keys say."""
+    if training.ema is not None and training.sharding.startswith("zero"):
+        raise ValueError("training.ema: DeepSpeed keeps the weights to itself; use sharding: full, or remove it")
     if training.offload_optimizer and method not in SHARDABLE | QUANTISED:
         raise ValueError(f"training.offload_optimizer: method: {method} has moments for a small head alone; remove it")
     if training.sharding == "none" or method in SHARDABLE:

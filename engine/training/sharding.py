@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from regraft.engine.methods.adapt import Adaptation
     from regraft.engine.models import RunningModel
     from regraft.engine.tasks import Task
+    from regraft.engine.training.zero import Zero
 
 
 def is_shared_out(config: RunConfig) -> bool:
@@ -32,9 +33,18 @@ def is_shared_out(config: RunConfig) -> bool:
     return config.training.sharding != "none" and "RANK" in os.environ
 
 
+def stage_of(config: RunConfig) -> int:
+    """Of DeepSpeed's ZeRO: 1, 2 or 3; 0 where the run is not under it."""
+    return int(config.training.sharding[-1]) if is_shared_out(config) and by_deepspeed(config) else 0
+
+
+def by_deepspeed(config: RunConfig) -> bool:
+    return config.training.sharding.startswith("zero")
+
+
 def accelerate_options(config: RunConfig) -> dict[str, Any]:
     """What accelerate's Accelerator is made with for a run whose weights are shared out on accelerators."""
-    if not is_shared_out(config) or not torch.cuda.is_available():
+    if not is_shared_out(config) or stage_of(config) or not torch.cuda.is_available():
         return {}
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.parallelism_config import ParallelismConfig
@@ -79,7 +89,8 @@ class Shards:
     """
 
     def __init__(self, running: Any, optimizer: torch.optim.Optimizer) -> None:
-        self.running = running
+        self.running = self.model = running
+        self.optimizer = optimizer
         self.wholes: list[Any] = [p for p in running.parameters() if p.requires_grad]
         self.parameters = [nn.Parameter(_part(p)) for p in self.wholes]
         own = {id(w): part for w, part in zip(self.wholes, self.parameters, strict=True)}
@@ -149,6 +160,10 @@ class Shards:
             own["averaged"] = [self._cut(t, like) for t, like in zip(state["averaged"], self.parameters, strict=True)]
         return own
 
+    def put(self, values: Mapping[str, Tensor], into: Mapping[str, Any]) -> None:
+        """Copy this process's parts of whole tensors into the model."""
+        put(values, into)
+
     def _cut(self, whole: Tensor, like: Tensor) -> Tensor:
         return own_part(whole, self._of[id(like)]).clone()  # no view that would hold on to the whole
 
@@ -180,7 +195,9 @@ class Shards:
                     module._parameters[name] = weight
 
 
-def share_out(running: RunningModel, optimizer: torch.optim.Optimizer, accelerator: Any, config: RunConfig) -> Shards:
+def share_out(
+    running: RunningModel, optimizer: torch.optim.Optimizer, accelerator: Any, config: RunConfig
+) -> Shards | Zero:
     """Share the model's weights out among the processes and give the optimizer the parts that are this one's."""
     if accelerator.scaler is not None:
         raise ConfigError(
@@ -190,6 +207,10 @@ def share_out(running: RunningModel, optimizer: torch.optim.Optimizer, accelerat
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")  # none is changed in place
     running.vocabulary_head = None  # held back, it would be read beside the model
     accelerator.prepare_model(running, evaluation_mode=True)  # autocast alone
+    if stage_of(config):
+        from regraft.engine.training.zero import Zero
+
+        return Zero(running, optimizer, config)
     units = _layers(running.model)
     if next(running.parameters()).device.type != "cpu":
         names = sorted({type(unit).__name__ for unit in units})

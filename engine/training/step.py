@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from regraft.engine.packing import PackedBatch
     from regraft.engine.training.captured_optimizer import CapturedOptimizer
     from regraft.engine.training.graphed import GraphedGradients
-    from regraft.engine.training.sharding import Shards
     from regraft.kernels.embedding import RowGradient
 
 
@@ -71,7 +70,7 @@ class Stepper:
     rows: RowGradient | None = None
     graphed: GraphedGradients | None = None
     update: CapturedOptimizer | None = None
-    shards: Shards | None = None
+    shards: Any = None
     _ahead: tuple[tuple[int, int], list[MicroBatch], float] | None = None
 
     def __call__(self, step: int, rows: np.ndarray, following: np.ndarray | None = None) -> StepResult:
@@ -188,7 +187,7 @@ class Stepper:
                 with sync:
                     batch = part.batch.to(accelerator.device)
                     loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
-                    accelerator.backward(loss)
+                    self.backward(loss, following is None)
                 lost += loss.detach()
             part = following
         if self.graphed is not None:
@@ -198,6 +197,10 @@ class Stepper:
         if accelerator.num_processes > 1:
             lost = accelerator.reduce(lost, reduction="mean")
         return lost
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Backward pass of one micro-batch; `last`: of the step."""
+        self.accelerator.backward(loss)
 
     def _parts(self, examples: Examples, rows: np.ndarray) -> list[tuple[np.ndarray, bool]]:
         """This process's share of a step's rows in micro-batches, each with whether it counts. One that does not is there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import threading
@@ -41,6 +42,15 @@ def machines(sharding: str) -> int:
             f"the {here} on this one. Start as many on each, or set sharding: full"
         )
     return processes() // here
+
+
+def check_deepspeed(sharding: str) -> None:
+    """Raise ConfigError where weights are to be shared out by DeepSpeed and there is none."""
+    if sharding.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"training.sharding: {sharding} needs DeepSpeed, which is not installed: pip install deepspeed; or set sharding: "
+            "full, which does the same without it"
+        )
 
 
 def meet(timeout: float) -> None:

@@ -30,6 +30,7 @@ def test_rows_left_out_decay_as_adamw_would_have_decayed_them():
     assert rows.tolist() == [0, 3, 7, 21]
     used = UsedRows(small, rows, ema=None)
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.3) for m in (small, full)]
+    used.decay_with(optimizers[0])
     for _ in range(5):
         for module, optimizer, batch in zip((small, full), optimizers, (used.renumber(ids), ids), strict=True):
             optimizer.zero_grad()
