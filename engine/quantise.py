@@ -7,11 +7,14 @@ model's accuracy, so every candidate is measured on the task's own metric before
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from regraft.engine.machine import cpu_flags
+
+BLOCKS = 12  # of products that are kept or quantised together: each costs a graph that is made and tried
 
 
 @dataclass(frozen=True)
@@ -47,25 +50,27 @@ def quantise(graph: Path, target: Path, kept: tuple[str, ...]) -> None:
             reduce_range=narrow,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=list(kept),
+            # A Gemm is first made into a MatMul of another name.
+            nodes_to_exclude=[name for product in kept for name in (product, f"{product}_MatMul")],
         )
     finally:
         logging.getLogger().setLevel(level)
 
 
 def candidates(products: list[str], error_of: Callable[[tuple[str, ...]], float]) -> Iterator[Candidate]:
-    """Ways to quantise, the fastest first: everything; then, with the products that distort the logits most left in
-    fp32, three quarters, half and a quarter of them.
+    """Ways to quantise, the fastest first: everything; then with more and more of the products left in fp32 that distort
+    the logits most.
 
-    `error_of(kept)` gives the logits' error when all but `kept` are quantised; it is asked for each block of products
-    only when quantising everything was not good enough.
+    `error_of(kept)` gives the logits' error when all but `kept` are quantised; it is asked for each of at most BLOCKS
+    blocks of products, only when quantising everything was not good enough.
     """
     yield Candidate("all layers", ())
-    blocks = [tuple(products[i : i + 6]) for i in range(0, len(products), 6)]
+    size = math.ceil(len(products) / BLOCKS)
+    blocks = [tuple(products[i : i + size]) for i in range(0, len(products), size)]
     harm = {block: error_of(tuple(p for p in products if p not in block)) for block in blocks}
     worst_first = sorted(blocks, key=lambda b: -harm[b])
-    for share in (0.25, 0.5, 0.75):
-        count = max(1, round(share * len(blocks)))
+    count = 1
+    while count < len(blocks):
         kept = tuple(p for block in worst_first[:count] for p in block)
-        if len(kept) < len(products):
-            yield Candidate(f"{len(products) - len(kept)} of {len(products)} products", kept)
+        yield Candidate(f"{len(products) - len(kept)} of {len(products)} products", kept)
+        count *= 2

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -19,6 +20,7 @@ from regraft.engine.config import load_config
 from regraft.engine.errors import BundleError, ExportError
 from regraft.engine.export import check_parity, export_bundle, graph_runner, open_graph
 from regraft.engine.predict import predict
+from regraft.engine.quantise import candidates, matrix_products, quantise
 from regraft.engine.trained import load_trained
 from regraft.engine.training.run import train
 
@@ -90,6 +92,30 @@ def test_int8_is_measured_and_refused_when_it_costs_too_much(trained_run, tmp_pa
         export_bundle(trained_run, tmp_path / "c", int8=True, max_loss=-50.0)
     assert not (tmp_path / "c").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_product_that_is_to_stay_in_fp32_does_whatever_its_kind(trained_run, tmp_path):
+    export_bundle(trained_run, tmp_path / "b")
+    graph, target = tmp_path / "b" / "model.onnx", tmp_path / "int8.onnx"
+    products = matrix_products(graph)
+    assert {"MatMul", "Gemm"} == {n.op_type for n in onnx.load(graph).graph.node if n.name in products}
+    for quantised in ((), *((p,) for p in products), tuple(products)):
+        quantise(graph, target, tuple(p for p in products if p not in quantised))
+        found = [n.op_type for n in onnx.load(target).graph.node]
+        assert found.count("MatMulInteger") == len(quantised), quantised
+
+
+def test_int8_leaves_out_the_worst_products_few_at_a_time():
+    products = [f"p{i}" for i in range(30)]
+    bad = {"p7": 4.0, "p8": 4.0, "p20": 9.0}
+
+    def error_of(kept):
+        return 1.0 + sum(harm for name, harm in bad.items() if name not in kept)
+
+    tried = list(candidates(products, error_of))
+    assert [len(c.kept) for c in tried] == [0, 3, 6, 12, 24]
+    assert "p20" in tried[1].kept and bad.keys() <= set(tried[2].kept)
+    assert tried[2].name == "24 of 30 products"
 
 
 def test_a_graph_that_differs_is_refused_with_the_figures(trained_run, tmp_path):
