@@ -86,32 +86,45 @@ def test_two_processes_then_one_then_two_is_as_if_never_stopped(make_config, tmp
     path = make_config(**longer)
     train(load_config(path, [f"run={tmp_path / 'one'}"]), quiet=True)
     run = f"run={tmp_path / 'two'}"
-    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2", "--set", run]
+    first = killed_on_the_way(path, tmp_path / "two", "full", random.randint(1, 20))
+    stopped_at(first + 20, path, tmp_path / "two")
+    arguments = ["train", path, "--set", run, "--set", "training.sharding=hybrid"]
+    ranks = start_ranks(arguments, [tmp_path, tmp_path], LOCAL_WORLD_SIZE="1")
+    assert [code for code, _ in ended(ranks, 250)] == [0, 0]
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-6
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
+
+
+def killed_on_the_way(path: Path, folder: Path, sharding: str, step: int) -> int:
+    """Two processes, one of them killed once that step is in a checkpoint; the last checkpoint's step."""
+    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2", "--set", f"run={folder}"]
     parent = subprocess.Popen(
-        [*command, "--set", "training.sharding=full"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "--set", f"training.sharding={sharding}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
-        wait_for_step(tmp_path / "two", random.randint(1, 20), parent)
+        wait_for_step(folder, step, parent)
         victim = next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == "1")
         os.kill(victim.pid, signal.SIGKILL)
         _, errors = parent.communicate(timeout=60)
     finally:
         parent.kill()
     assert "rank 1 of 2 was ended by SIGKILL" in errors
-    first = last_step(tmp_path / "two")
+    return last_step(folder)
+
+
+def stopped_at(step: int, path: Path, folder: Path) -> None:
+    """One process goes on to that step."""
 
     def stop(info):
-        if info.step == first + 20:
+        if info.step == step:
             raise Enough
 
     with pytest.raises(Enough):
-        train(load_config(path, [run]), on_step=stop, quiet=True)
-    assert last_step(tmp_path / "two") == first + 20
-    arguments = ["train", path, "--set", run, "--set", "training.sharding=hybrid"]
-    ranks = start_ranks(arguments, [tmp_path, tmp_path], LOCAL_WORLD_SIZE="1")
-    assert [code for code, _ in ended(ranks, 250)] == [0, 0]
-    assert difference(tmp_path / "one", tmp_path / "two") < 1e-6
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-6)
+        train(load_config(path, [f"run={folder}"]), on_step=stop, quiet=True)
+    assert last_step(folder) == step
 
 
 def last_step(folder: Path) -> int:

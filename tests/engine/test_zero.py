@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import random
-import signal
-import subprocess
-import sys
 
-import psutil
 import pytest
-from test_sharding import UNEVEN, Enough, difference, last_step, losses, wait_for_step
+from test_sharding import UNEVEN, difference, killed_on_the_way, losses, stopped_at
 
 from conftest import regraft
 from regraft.engine.config import load_config
@@ -47,26 +42,8 @@ def test_a_run_goes_on_from_stage_2_to_no_deepspeed_to_stage_3(make_config, tmp_
     path = make_config(**longer)
     train(load_config(path, [f"run={tmp_path / 'one'}"]), quiet=True)
     run = f"run={tmp_path / 'two'}"
-    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2", "--set", run]
-    parent = subprocess.Popen(
-        [*command, "--set", "training.sharding=zero2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_for_step(tmp_path / "two", random.randint(1, 8), parent)
-        victim = next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == "1")
-        os.kill(victim.pid, signal.SIGKILL)
-        _, errors = parent.communicate(timeout=60)
-    finally:
-        parent.kill()
-    assert "rank 1 of 2 was ended by SIGKILL" in errors
-    first = last_step(tmp_path / "two")
-
-    def stop(info):
-        if info.step == first + 8:
-            raise Enough
-
-    with pytest.raises(Enough):
-        train(load_config(path, [run]), on_step=stop, quiet=True)
+    first = killed_on_the_way(path, tmp_path / "two", "zero2", random.randint(1, 8))
+    stopped_at(first + 8, path, tmp_path / "two")
     done = regraft("train", path, "--processes", "2", "--set", run, "--set", "training.sharding=zero3", timeout=250)
     assert done.returncode == 0, done.stderr[-3000:]
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-6
