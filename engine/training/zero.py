@@ -153,11 +153,13 @@ class Zero:
         self.put(weights, into)
         for name, value in weights.items():
             self._set(into[name], value)
-        for number, values in state["optimizer"]["state"].items():
+        kept = state["optimizer"]["state"]
+        for number, values in kept.items():
             for key in MOMENTS:
                 self._set(self.order[number], values[key], key)
-            for own in self._states:
-                own["step"].fill_(float(values["step"]))
+        taken = max((float(values["step"]) for values in kept.values()), default=0.0)  # one count: all step together
+        for own in self._states:
+            own["step"].fill_(taken)
         return state
 
     def _set(self, parameter: Any, whole: Tensor, moment: str | None = None) -> None:

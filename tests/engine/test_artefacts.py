@@ -119,8 +119,6 @@ def test_int8_leaves_out_the_worst_products_few_at_a_time():
 
 
 def test_a_graph_that_differs_is_refused_with_the_figures(trained_run, tmp_path):
-    import onnx
-
     from regraft.engine.export import grid_logits
 
     export_bundle(trained_run, tmp_path / "b")
