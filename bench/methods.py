@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import quality
 import sources
 import train_cpu
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, run, turn
+from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, run, turn
 from random_encoder import SIZES
 
 CLAIM = Claim("methods", "Methods beside full fine-tuning; the unit is in the case", "(see case)")
@@ -55,7 +56,13 @@ class Recipe:
     max_length: int = 128
 
 
-RECIPES = {"full": Recipe(5e-5), "lora": Recipe(1e-3), "qlora": Recipe(1e-3), "adapter": Recipe(1e-3)}
+FULL = quality.RECIPES["sst2"]
+RECIPES = {
+    "full": Recipe(FULL.learning_rate, FULL.epochs, FULL.batch_size, FULL.max_length),
+    "lora": Recipe(1e-3),
+    "qlora": Recipe(1e-3),
+    "adapter": Recipe(1e-3),
+}
 CASE = train_cpu.Case(8000, 32, 128, 10, 50, 5, 1.35, 1.6)
 QUICK = train_cpu.Case(400, 32, 128, 2, 4, 1, 1.35, 1.6)
 TABLE_STEPS, QUICK_STEPS = 24, 4
@@ -189,6 +196,8 @@ def _quality(options: argparse.Namespace, methods: list[str]) -> Iterator[Piece]
             def measure(
                 method: str = method, recipe: Recipe = recipe, seed: int = seed
             ) -> tuple[float, dict[str, Any]]:
+                if method == "full" and options.rows is None:
+                    return fine_tuned(seed, options)
                 # Named by its settings: stopped and started again, the run goes on from its last checkpoint.
                 folder = (
                     WORK
@@ -196,7 +205,8 @@ def _quality(options: argparse.Namespace, methods: list[str]) -> Iterator[Piece]
                     / f"quality-{method}-{seed}-{rows}-{recipe.learning_rate}-{recipe.epochs}-{options.precision}"
                 )
                 data = sources.data_section("sst2", limit=rows)
-                training = vars(recipe) | {"seed": seed, "precision": options.precision, "threads": options.threads}
+                training = vars(recipe) | {"weight_decay": quality.WEIGHT_DECAY, "warmup": quality.WARMUP}
+                training |= {"seed": seed, "precision": options.precision, "threads": options.threads}
                 config = config_of(method, folder, data, encoder_folder(), **training)
                 found = turn(
                     sys.executable, "regraft_train.py", {"config": config, "folder": folder}, threads=options.threads
@@ -207,6 +217,13 @@ def _quality(options: argparse.Namespace, methods: list[str]) -> Iterator[Piece]
                 return 100 * found["metrics"]["dev"]["accuracy"], details
 
             yield Piece("quality", ACCURACY, method, seed, settings, measure)
+
+
+def fine_tuned(seed: int, options: argparse.Namespace) -> tuple[float, dict[str, Any]]:
+    """Full fine-tuning as quality.py does it: the same run, so one that it has measured is not made again."""
+    found = quality.measured("sst2", OURS, seed, argparse.Namespace(**{**vars(options), "out": None}))
+    details = {key: found.details[key] for key in ("best_step", "own_figures")}
+    return found.value, details | {"run_seconds": found.details["seconds"], "measured by": "quality.py"}
 
 
 def adapter_mb(best: Path) -> float:
