@@ -10,7 +10,6 @@ This file knows neither torch nor ONNX Runtime: the server and the exporter both
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.engine.errors import BundleError
+from regraft.engine.files import file_sha256
 
 FORMAT = 1
 
@@ -36,6 +36,7 @@ class BundleInfo:
     `prompt` (first id, count): ids that stand before every sequence, in both layouts; tokens' logits include theirs.
     `adapters`: names; the packed graph has one more input `adapter [B]`, the place of each sequence's, and logits
     [B, the largest C].
+    `pairs`: whether the model learned from pairs of texts; None where the task says what it takes.
     """
 
     layout: str
@@ -53,6 +54,7 @@ class BundleInfo:
     quality: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     checksums: Mapping[str, str] = field(default_factory=dict)
+    pairs: bool | None = None
     format: int = FORMAT
 
 
@@ -89,8 +91,3 @@ def read_info(folder: str | Path, *, verify: bool = True) -> BundleInfo:
         if file_sha256(file) != expected:
             raise BundleError(f"{file}: changed since it was exported (checksum differs); export again")
     return info
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

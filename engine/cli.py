@@ -44,19 +44,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     give_way()
     try:
-        return args.handler(args) or 0
-    except RegraftError as error:
-        print(f"regraft: {error}", file=sys.stderr)
-        from regraft.engine.training.together import end_at_once
-
-        end_at_once(2)
-        return 2
+        code = args.handler(args) or 0
+        sys.stdout.flush()  # a full disk behind it is told here, not after the end
+        return code
     except KeyboardInterrupt:
         print("regraft: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_output()
         return 0
+    except RegraftError as error:
+        return _refused(str(error))
+    except OSError as error:  # a disk, a folder, a right: nothing that a traceback would help with
+        if error.strerror is None:
+            raise
+        if error.filename is None:
+            leave_output()
+        return _refused(f"{'standard output' if error.filename is None else error.filename}: {error.strerror}")
+
+
+def leave_output() -> None:
+    """Write to nowhere from here on: what is left in the buffer would fail again at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refused(message: str) -> int:
+    from regraft.engine.training.together import end_at_once
+
+    print(f"regraft: {message}", file=sys.stderr)
+    end_at_once(2)
+    return 2
 
 
 def _add_init(commands: argparse._SubParsersAction) -> None:
@@ -129,10 +146,23 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     for split, metrics in result.metrics.items():
         print(f"{split:5} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    if result.earlier:
+        print("finished before, with the same configuration and rows; --restart trains anew")
     print(
         f"{result.steps} steps in {result.seconds:.1f} s; best model: {result.folder / 'best'}; report: {result.folder / 'report.html'}"
     )
     return 0
+
+
+def _add_data_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="data.KEY=VALUE",
+        help="read the rows otherwise than the run did: data.columns.text=body, data.empty=drop",
+    )
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:
@@ -145,13 +175,14 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("data", nargs="?", help="file with labelled rows; default: the run's test or dev file")
     _add_task(parser)
     parser.add_argument("--format", choices=("table", "json"), default="table")
+    _add_data_overrides(parser)
     parser.set_defaults(handler=_evaluate)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     from regraft.engine.predict import evaluate_file
 
-    return evaluate_file(args.model, args.data, args.format, args.task)
+    return evaluate_file(args.model, args.data, args.format, args.task, args.overrides)
 
 
 def _add_predict(commands: argparse._SubParsersAction) -> None:
@@ -174,6 +205,7 @@ def _add_predict(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="only the K most probable labels")
     parser.add_argument("--format", choices=("table", "jsonl", "csv"), help="default: table on a terminal, else jsonl")
+    _add_data_overrides(parser)
     parser.set_defaults(handler=_predict)
 
 
@@ -181,6 +213,7 @@ def _predict(args: argparse.Namespace) -> int:
     from regraft.engine.predict import predict_command
 
     options = {"file": args.file, "pair": args.pair, "top_k": args.top_k, "style": args.format, "task": args.task}
+    options |= {"overrides": args.overrides}
     return predict_command(args.model, args.texts, adapters=args.adapter, **options)
 
 

@@ -316,14 +316,28 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys such as model, data and training, found {type(values).__name__}")
-    lines = lines_of(node)
     refuse_twice(node, path)
+    lines = lines_of(node)
     for override in overrides or []:
         key = _apply(values, override)
         lines[key] = 0
     values.setdefault("run", "runs/{name}")
     config = parse_config(values, source=str(path), lines=lines)
     return config.model_copy(update={"run": config.run.replace("{name}", path.stem)})
+
+
+def changed_data(data: DataConfig, overrides: list[str]) -> DataConfig:
+    """`data` with `--set data.KEY=VALUE` overrides. Raises ConfigError."""
+    values = {"data": data.model_dump()}
+    for override in overrides:
+        path = _apply(values, override)
+        if path[0] != "data" or len(path) < 2:
+            raise ConfigError(f"--set {override}: here only what `data` says can be set, such as data.format=csv")
+    try:
+        return DataConfig.model_validate(values["data"])
+    except ValidationError as error:
+        problems = [explain(e, DataConfig, "--set data", {}) for e in distinct(error.errors())]
+        raise ConfigError("\n".join(problems)) from None
 
 
 def parse_config(values: dict[str, Any], *, source: str = "config", lines: dict[tuple, int] | None = None) -> RunConfig:

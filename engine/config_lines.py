@@ -9,6 +9,8 @@ import yaml
 
 from regraft.engine.errors import ConfigError, nearest
 
+DEEPEST = 20  # sections in each other: far more than there are, and an anchor that refers to itself never ends
+
 
 def lines_of(node: yaml.Node | None, prefix: tuple = ()) -> dict[tuple, int]:
     found: dict[tuple, int] = {}
@@ -24,6 +26,9 @@ def refuse_twice(node: yaml.Node | None, path: Path, prefix: str = "") -> None:
     # YAML itself would let the last one win in silence.
     if not isinstance(node, yaml.MappingNode):
         return
+    if prefix.count(".") >= DEEPEST:
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}:{line}: more than {DEEPEST} sections in each other, or an anchor within itself")
     seen: dict[str, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1

@@ -27,6 +27,10 @@ class TrainingError(RegraftError):
     """A training run that cannot go on; its run folder is intact."""
 
 
+class NotFiniteError(RegraftError):
+    """A model whose outputs are NaN or infinite."""
+
+
 class ExportError(RegraftError):
     """An export that was refused; nothing was written."""
 

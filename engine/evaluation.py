@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from regraft.engine.batches import by_length, collate_examples
+from regraft.engine.errors import NotFiniteError
 from regraft.engine.models import RunningModel
 from regraft.engine.tasks import Task
 from regraft.engine.tasks.base import FIRST, Metrics
@@ -51,7 +52,8 @@ def evaluate(
 ) -> Evaluation:
     """Run every row once and add up. Every process gets the same result; `progress` is called with rows done.
 
-    `most_batches` looks at so many batches alone, the largest first: for who wants the cost and not the figures."""
+    `most_batches` looks at so many batches alone, the largest first: for who wants the cost and not the figures.
+    Raises NotFiniteError where the model's outputs are NaN or infinite, of which no figure can be made."""
     started = time.perf_counter()
     metrics = task.metrics()
     worst: list[Worst] = []
@@ -68,6 +70,7 @@ def evaluate(
             continue
         drawn, sequences = task.draw(examples.ungrouped, examples.sequences_of_rows(rows), (0, int(rows[0])))
         outputs = run_outputs(running, drawn, sequences, accelerator)
+        refuse_not_finite(outputs, drawn, sequences)
         task.score(metrics, drawn, sequences, outputs)
         if keep_worst:
             found = task.worst_rows(drawn, sequences, outputs, keep_worst)
@@ -106,6 +109,19 @@ def run_outputs(
         return found
     each = np.split(found, np.cumsum(rows_read(examples, sequences))[:-1])
     return list(zip(each, pairs[0], strict=True)) if pairs else each  # type: ignore[arg-type]
+
+
+def refuse_not_finite(outputs: Sequence[Any], examples: Examples, sequences: np.ndarray) -> None:
+    """Raise NotFiniteError naming the first row whose outputs hold NaN or infinity; minus infinity is an answer too."""
+    if isinstance(outputs, np.ndarray) and (outputs < np.inf).all():
+        return
+    for output, sequence in zip(outputs, sequences, strict=True):
+        parts = output if isinstance(output, tuple) else (output,)
+        if not all((part < np.inf).all() for part in parts):
+            row = sequence if examples.row_of is None else examples.row_of[sequence]
+            raise NotFiniteError(
+                f"{examples.rows.where(int(row))}: the model's outputs for this row are NaN or infinite"
+            )
 
 
 def rows_read(examples: Examples, sequences: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ from regraft.engine.methods.settings import libraries
 from regraft.engine.methods.virtual import Prompt
 from regraft.engine.tasks.base import MARKED
 from regraft.engine.threads import available_threads
-from regraft.engine.trained import Trained, load_trained
+from regraft.engine.trained import Trained, load_trained, takes_pairs
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -94,6 +94,7 @@ def export_bundle(
         token_types=running.uses_token_types,
         reads=trained.task.reads,
         prompt=[running.virtual.first, running.virtual.count] if isinstance(running.virtual, Prompt) else [],
+        pairs=takes_pairs(trained),
         source={"folder": str(trained.folder), "base_model": trained.facts["base_model"]},
         versions=versions(*libraries(trained.facts.get("method", "full"), "adamw")),
     )
@@ -103,9 +104,9 @@ def export_bundle(
         parity = check_parity(graph_runner(open_graph(graph), info), expected)
         if int8:
             assert comparison is not None
-            info = quantise_within(graph, info, trained, comparison, max_loss)
+            info = quantise_within(graph, info, trained, comparison, max_loss, [batch for batch, _ in expected])
         else:
-            info = replace(info, quality=quality_of(trained, comparison, graph_runner(open_graph(graph), info)))
+            info = replace(info, quality=same_answers(trained, comparison, graph_runner(open_graph(graph), info)))
         info = replace(info, parity=parity)
         trained.tokenizer.save(folder)
         (folder / "README.md").write_text(_readme(info), encoding="utf-8")
@@ -201,15 +202,24 @@ def check_parity(run: Run, expected: list[tuple[list[np.ndarray], np.ndarray]]) 
     return {"largest_error": worst, "tolerance": PARITY_TOLERANCE, "batches": len(expected)}
 
 
+def finite_on_grid(run: Run, batches: list[list[np.ndarray]]) -> bool:
+    """Whether the graph gives numbers for every shape of the grid."""
+    return all(np.isfinite(_first(x)).all() for batch in batches for x in run(batch, None, _grid_marks(batch)))
+
+
 def compare_rows(trained: Trained, data_file: str | None) -> Comparison | None:
     """Held-out rows with the model's own answers; None where the run's files are gone and none was named."""
+    from regraft.engine.data.source import HUB
     from regraft.engine.evaluation import run_all
-    from regraft.engine.heldout import heldout_examples
+    from regraft.engine.heldout import data_sections, heldout_examples
 
+    places = [] if data_file is not None else [str(data.dev or data.train) for data in data_sections(trained)]
+    if any(not place.startswith(HUB) and not Path(place).exists() for place in places):
+        return None
     try:
         made = heldout_examples(trained, data_file, split=None if data_file else "dev")
     except DataError:
-        if data_file is not None:
+        if not any(place.startswith(HUB) for place in places):  # rows that are there and cannot be used are told
             raise
         return None
     made, _ = trained.task.draw(made.ungrouped, np.arange(len(made.store)), (0, 0))
@@ -244,7 +254,46 @@ def quality_of(trained: Trained, comparison: Comparison | None, run: Run) -> dic
         return {}
     examples = comparison.examples
     every = np.arange(len(examples.store))
-    found = _metrics(trained, examples, _graph_outputs(run, examples, every))
+    return _quality(trained, comparison, _graph_outputs(run, examples, every))
+
+
+def same_answers(trained: Trained, comparison: Comparison | None, run: Run) -> dict[str, Any]:
+    """`quality_of` a graph that is to answer like the model: on real rows too, with their token types and lengths.
+
+    Raises ExportError beyond PARITY_TOLERANCE of the largest output.
+    """
+    if comparison is None:
+        return {}
+    examples = comparison.examples
+    outputs = _graph_outputs(run, examples, np.arange(len(examples.store)))
+    expected = [_first(x) for x in comparison.model_outputs]
+    scale = max(1.0, *(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) for x in expected))
+    errors = np.array([_largest_error(_first(a), b) for a, b in zip(outputs, expected, strict=True)]) / scale
+    worst = int(errors.argmax())
+    if not errors[worst] <= PARITY_TOLERANCE:
+        row = worst if examples.row_of is None else int(examples.row_of[worst])
+        quality = _quality(trained, comparison, outputs)
+        raise ExportError(
+            f"the graph's outputs differ from the model's by {errors[worst]:.1e} (allowed {PARITY_TOLERANCE:.0e}), worst for "
+            f"{examples.rows.where(row)}; {quality['metric']} {quality['model']:.4f} of the model, {quality['graph']:.4f} of "
+            "the graph; nothing was written"
+        )
+    return _quality(trained, comparison, outputs)
+
+
+def _first(output: Any) -> np.ndarray:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _largest_error(found: np.ndarray, expected: np.ndarray) -> float:
+    with np.errstate(invalid="ignore"):
+        apart = np.where(found == expected, 0.0, np.abs(found - expected))  # minus infinity equals itself
+    return float(apart.max(initial=0.0))
+
+
+def _quality(trained: Trained, comparison: Comparison, outputs: Sequence[np.ndarray]) -> dict[str, Any]:
+    examples = comparison.examples
+    found = _metrics(trained, examples, outputs)
     name = trained.task.metric
     return {
         "data": examples.rows.path,
@@ -261,9 +310,15 @@ def _worse_by(trained: Trained, model: float, graph: float) -> float:
 
 
 def quantise_within(
-    graph: Path, info: BundleInfo, trained: Trained, comparison: Comparison, max_loss: float
+    graph: Path,
+    info: BundleInfo,
+    trained: Trained,
+    comparison: Comparison,
+    max_loss: float,
+    batches: list[list[np.ndarray]],
 ) -> BundleInfo:
-    """Replace `graph` by the fastest int8 candidate that costs at most `max_loss` points. Raises ExportError."""
+    """Replace `graph` by the fastest int8 candidate that costs at most `max_loss` points and answers `batches` of every
+    shape in numbers. Raises ExportError."""
     from regraft.engine.quantise import candidates, matrix_products, quantise
 
     trial = graph.with_name("int8.onnx")
@@ -272,8 +327,8 @@ def quantise_within(
     def error_of(kept: tuple[str, ...]) -> float:
         quantise(graph, trial, kept)
         outputs = _graph_outputs(graph_runner(open_graph(trial), info), comparison.examples, few)
-        expected = [x[0] if isinstance(x, tuple) else x for x in comparison.model_outputs[: len(few)]]
-        errors = [np.abs(a - b).ravel() for a, b in zip(outputs, expected, strict=True)]
+        expected = [_first(x) for x in comparison.model_outputs[: len(few)]]
+        errors = [np.abs(_first(a) - b).ravel() for a, b in zip(outputs, expected, strict=True)]
         return float(np.concatenate(errors).mean())
 
     tried = []
@@ -283,7 +338,7 @@ def quantise_within(
         tried.append(
             f"{candidate.name}: {quality['metric']} {quality['graph']:.4f} ({-quality['loss_points']:+.2f} points)"
         )
-        if quality["loss_points"] <= max_loss:
+        if quality["loss_points"] <= max_loss and finite_on_grid(graph_runner(open_graph(trial), info), batches):
             shutil.move(trial, graph)
             return replace(info, precision="int8", quality=quality | {"quantised": candidate.name})
     trial.unlink(missing_ok=True)

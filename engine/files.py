@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import uuid
@@ -34,6 +35,11 @@ def write_text(path: Path, text: str) -> Path:
     """Replace the file's content by `text` in UTF-8 (half a surrogate pair, which UTF-8 lacks, becomes '?')."""
     write_bytes(path, [text.encode("utf-8", errors="replace")])
     return path
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from regraft.engine.config import DataConfig
 from regraft.engine.data.read import read_split
 from regraft.engine.data.rows import Rows
+from regraft.engine.data.source import suited_to
 from regraft.engine.data.split import split_dev
 from regraft.engine.errors import DataError
 from regraft.engine.examples import Examples
 from regraft.engine.trained import Trained
+
+
+def data_sections(trained: Trained) -> list[DataConfig]:
+    """What says where the model's rows are: of every task, for a model that has several."""
+    if "tasks" not in trained.facts or trained.task.type != "several":
+        return [trained.data]
+    from regraft.engine.several.data import data_of
+
+    return [data_of(trained, name) for name in trained.facts["tasks"]]
 
 
 def heldout_rows(trained: Trained, file: str | None, *, split: str | None = None) -> Rows:
@@ -17,7 +28,7 @@ def heldout_rows(trained: Trained, file: str | None, *, split: str | None = None
     """
     data, task = trained.data, type(trained.task)
     if file is not None:
-        return task.read(file, data, split="test")
+        return task.read(file, suited_to(file, data), split="test")
     split = split or ("test" if data.test else "dev")
     if split == "dev" and data.dev is None:
         train = read_split(task, data, "train")

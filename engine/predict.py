@@ -6,16 +6,18 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import IO, Any
 
 import numpy as np
 
+from regraft.engine.config import changed_data
 from regraft.engine.data.rows import Rows
+from regraft.engine.data.source import suited_to
 from regraft.engine.errors import DataError
 from regraft.engine.tasks.base import FIRST, Prediction
-from regraft.engine.trained import Trained, load_trained
+from regraft.engine.trained import Trained, load_trained, takes_pairs
 
 CHUNK_ROWS = 1024
 TOKEN_BUDGET = 8192
@@ -40,11 +42,8 @@ def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answ
     from regraft.engine.evaluation import run_all
 
     source = iter(texts)
-    one_text_a_row = trained.task.reads == FIRST and trained.task.type != "several"
     while chunk := list(islice(source, CHUNK_ROWS)):
-        pairs = [p for _, p in chunk if p is not None]
-        if pairs and len(pairs) < len(chunk) and one_text_a_row:
-            raise DataError("some texts have a second text and some have none; a model takes one or the other")
+        refuse_other_shape(trained, chunk)
         rows = rows_of(chunk)
         made = trained.task.examples(rows, trained.tokenizer, trained.max_length, labelled=False)
         answers = trained.task.answers(made, run_all(trained.running, made, TOKEN_BUDGET))
@@ -55,6 +54,16 @@ def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answ
             cut = _cut_tokens(trained, chunk, made.store)
         for (text, pair), answer, lost in zip(chunk, answers, cut, strict=True):
             yield Answer(text, pair, answer, int(lost))
+
+
+def refuse_other_shape(trained: Trained, texts: Iterable[tuple[str, Any]]) -> None:
+    """Raise DataError for a single text where the model learned from pairs, and the other way round."""
+    pairs = takes_pairs(trained)
+    for text, pair in texts if pairs is not None else ():
+        if (pair is not None) != pairs:
+            learned = "pairs of texts" if pairs else "single texts"
+            found = "has no second text" if pairs else "has a second text"
+            raise DataError(f"{trained.folder}: learned from {learned}, and {text[:60]!r} {found}")
 
 
 def rows_of(texts: Sequence[tuple[str, Any]]) -> Rows:
@@ -76,8 +85,11 @@ def _cut_tokens(trained: Trained, chunk: list[tuple[str, str | None]], store: An
     return cut
 
 
-def evaluate_file(model: str, file: str | None, style: str, task: str | None = None) -> int:
-    """`regraft evaluate`: figures and the per-class table, or JSON. `task`: one of several, by name."""
+def evaluate_file(
+    model: str, file: str | None, style: str, task: str | None = None, overrides: Sequence[str] = ()
+) -> int:
+    """`regraft evaluate`: figures and the per-class table, or JSON. `task`: one of several, by name; `overrides`: of
+    what the run's `data` says."""
     from regraft.engine.evaluation import evaluate
     from regraft.engine.heldout import heldout_examples
     from regraft.engine.progress import ProgressBar
@@ -85,6 +97,7 @@ def evaluate_file(model: str, file: str | None, style: str, task: str | None = N
 
     _set_threads(available_threads())
     trained = load_task(model, task)
+    trained = replace(trained, data=changed_data(trained.data, list(overrides)))
     made = heldout_examples(trained, file)
     rows, store = made.rows, made.store
     with ProgressBar("evaluating", len(rows), shown=sys.stderr.isatty()) as bar:
@@ -129,10 +142,12 @@ def predict_command(
     style: str | None,
     task: str | None = None,
     adapters: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> int:
     """`regraft predict`: write one answer a text to standard output, in order, as they come.
 
-    `adapters`: names of runs in the folder `model`, which answer each text one after the other.
+    `adapters`: names of runs in the folder `model`, which answer each text one after the other; `overrides`: of what
+    the run's `data` says.
     """
     from regraft.engine.threads import available_threads
 
@@ -151,7 +166,8 @@ def predict_command(
     if texts:
         source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
     else:
-        source = trained.task.inputs(file or sys.stdin.buffer, trained.data, dropped)
+        data = changed_data(suited_to(file, trained.data), list(overrides))
+        source = trained.task.inputs(file or sys.stdin.buffer, data, dropped)
     if len(chosen) > 1:
         _write_several(chosen, source, top_k, sys.stdout)
     else:
@@ -218,7 +234,8 @@ def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, o
     writer = csv.writer(out, lineterminator="\n")
     scored = trained.task.reads == FIRST and trained.task.type != "regression"
     names = list(trained.task.labels) if scored and top_k is None else []
-    ranks = [f"{part}_{n + 1}" for n in range(top_k or 0) for part in ("label", "score")] if scored else []
+    ranked = min(top_k or 0, len(trained.task.labels))
+    ranks = [f"{part}_{n + 1}" for n in range(ranked) for part in ("label", "score")] if scored else []
     writer.writerow(["text", "text_pair", "label", *names, *ranks, "cut_tokens"])
     for a in answers:
         scores = [f"{a.prediction.scores[name]:.6f}" for name in names]

@@ -1,4 +1,4 @@
-"""The base of every section of a configuration: unknown keys are refused, values never change."""
+"""The base of every section of a configuration: unknown keys, infinity and NaN are refused, values never change."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

@@ -41,6 +41,15 @@ class Trained:
     adaptation: Adaptation
 
 
+# Tasks of a text or of a pair of texts: which it is, a model's training rows said.
+TEXT_OR_PAIR = ("classification", "multilabel", "regression", "ordinal")
+
+
+def takes_pairs(trained: Trained) -> bool | None:
+    """Whether the model learned from pairs of texts; None where the task itself says what stands beside a text."""
+    return trained.data.columns.text_pair is not None if trained.task.type in TEXT_OR_PAIR else None
+
+
 def save_trained(
     folder: Path, running: RunningModel, config: RunConfig, data: Prepared, adaptation: Adaptation
 ) -> None:

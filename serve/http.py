@@ -75,7 +75,7 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
     )
     refusals: dict[int | str, dict[str, Any]] = {
         413: {"model": ErrorAnswer, "description": "More than this server ever takes at a time"},
-        422: {"model": ErrorAnswer, "description": "Not the shape that is expected; `field` names the part at fault"},
+        422: {"model": ErrorAnswer, "description": "Not what is expected; `field` names the part at fault"},
         429: {"model": ErrorAnswer, "description": "Overloaded; try again after `Retry-After` seconds"},
         500: {"model": ErrorAnswer, "description": "The only text of the request could not be answered"},
         503: {"model": ErrorAnswer, "description": "Not ready, or stopping"},
@@ -89,7 +89,7 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
             raise TooLarge(f"{len(inputs)} inputs in one request; at most {settings.max_items} are taken at a time")
         scheduler.check_room()
         nonlocal backlog
-        texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list), body.tasks)
+        texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list), body.tasks, session.info.pairs)
         characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if isinstance(pair, str))
         if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
             raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)
@@ -100,6 +100,8 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
         finally:
             backlog -= characters
         took = perf_counter() - began
+        if prepared.problems and not isinstance(body.inputs, list):
+            return error_answer(422, "invalid_request", next(iter(prepared.problems.values())), "inputs")
         outcome = Outcome((), 0.0, 0.0)
         if prepared.items:
             outcome = await _answer_or_leave(scheduler, scheduler.submit(prepared.items), request)

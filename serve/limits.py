@@ -12,6 +12,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
+READ_AWAY = 256 << 20  # bytes
+
+
 class BodyLimit:
     """ASGI middleware: 413 for a body of more than `limit` bytes, declared or not."""
 
@@ -23,7 +26,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared) > self.limit:
-            return await self._refuse(send)
+            return await self._refuse(receive, send)
         # Without a declared length the body is counted here; the application sees it whole or not at all.
         if declared or scope["method"] not in ("POST", "PUT", "PATCH"):
             return await self.app(scope, receive, send)
@@ -35,7 +38,7 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self.limit:
-                return await self._refuse(send)
+                return await self._refuse(receive, send, more=more)
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:
@@ -43,9 +46,18 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
-    async def _refuse(self, send: Send) -> None:
-        message = f"the body is larger than {self.limit} bytes; send fewer or shorter texts at a time"
-        content = json.dumps({"error": {"code": "body_too_large", "message": message, "field": None}}).encode()
+    async def _refuse(self, receive: Receive, send: Send, *, more: bool = True) -> None:
+        # A client that is still sending when the connection closes never sees the answer: what it has to say is read
+        # and thrown away, unless there is no end of it.
+        read = 0
+        while more and read < READ_AWAY:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            read += len(message.get("body", b""))
+            more = message.get("more_body", False)
+        told = f"the body is larger than {self.limit} bytes; send fewer or shorter texts at a time"
+        content = json.dumps({"error": {"code": "body_too_large", "message": told, "field": None}}).encode()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": content})

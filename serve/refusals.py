@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from regraft.engine.errors import nearest
-from regraft.serve.schemas import field_path
+from regraft.serve.schemas import Pair, PredictRequest, field_path
 from regraft.serve.tickets import NotReady, Overloaded, TooLarge
 
 
@@ -60,7 +60,7 @@ def _first_complaint(error: RequestValidationError) -> tuple[str, str | None]:
     if not field:
         return 'the body must be a JSON object such as {"inputs": "a text"}, sent as application/json', None
     if first["type"] == "extra_forbidden":
-        known = ("text", "text_pair") if "<pair>" in location else ("inputs", "adapter", "top_k")
+        known = tuple((Pair if "<pair>" in location else PredictRequest).model_fields)
         message = f"unknown key{nearest(str(location[-1]), known)}; known are {', '.join(known)}"
     else:
         message = first["msg"][:1].lower() + first["msg"][1:]

@@ -165,10 +165,15 @@ class OpenAnswer(BaseModel):
 
 
 def taken(
-    task: Task, inputs: Sequence[Pair], many: bool, tasks: list[str] | None = None
+    task: Task,
+    inputs: Sequence[Pair],
+    many: bool,
+    tasks: list[str] | None = None,
+    wants_pairs: bool | None = None,
 ) -> tuple[list[str], list[Any]]:
-    """Texts and what stands beside them, as the task reads objects; `tasks`: those of several that are asked. Raises
-    pydantic's error at what it refuses."""
+    """Texts and what stands beside them, as the task reads objects; `tasks`: those of several that are asked;
+    `wants_pairs`: whether the model learned from pairs, None where the task says. Raises pydantic's error at what it
+    refuses."""
     if tasks is not None and task.type != "several":
         problem: dict[str, Any] = {"type": "input_fields", "loc": ("body", "tasks"), "input": tasks}
         problem["msg"] = "this bundle has one task"
@@ -178,6 +183,10 @@ def taken(
         given = item.model_dump(exclude_none=True) | ({} if tasks is None else {"tasks": tasks})
         try:
             text, other = task.take(given)
+            if wants_pairs and other is None:
+                raise ValueError("text_pair: field required; this model learned from pairs of texts")
+            if wants_pairs is False and other is not None:
+                raise ValueError("text_pair: this model learned from single texts; leave it out")
         except ValueError as error:
             field, _, message = str(error).partition(": ")
             place = ("body", field) if field == "tasks" else ("body", "inputs", *((number,) if many else ()), field)

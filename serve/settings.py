@@ -33,5 +33,8 @@ class ServeSettings:
             raise ValueError(f"threads: {self.threads}; expected at least 1")
         if self.grace < 0:
             raise ValueError(f"grace: {self.grace}; expected at least 0 seconds")
+        for name in ("stall", "probe_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; expected more than 0 seconds")
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port: {self.port}; expected 0 (any free port) to 65535")

@@ -47,6 +47,15 @@ class Source:
         return str(self.path)
 
 
+def suited_to(path: str | Path | None, data: DataConfig) -> DataConfig:
+    """`data` for a file that need not be like those it was written for: an ending that tells a format is believed."""
+    name = Path(str(path).lower().removesuffix(".gz"))
+    told = FORMAT_OF_SUFFIX.get(name.suffix)
+    if path is None or told is None or data.format in ("auto", told):
+        return data
+    return data.model_copy(update={"format": "auto"})
+
+
 def find_source(path: str | Path, data: DataConfig, *, plain_text: bool = False) -> Source:
     """The file at `path`. With `plain_text`, a .txt file counts as one text a line.
 

@@ -34,7 +34,7 @@ from regraft.engine.models import RunningModel
 from regraft.engine.tasks import Adapters, Task
 from regraft.engine.tasks.base import FIRST
 from regraft.engine.threads import available_threads
-from regraft.engine.trained import Trained
+from regraft.engine.trained import Trained, takes_pairs
 
 # Token ids, token types and the adapter of each of B sequences -> logits [B, the largest C]
 RunMixed = Callable[[list[np.ndarray], list[np.ndarray] | None, np.ndarray], np.ndarray]
@@ -66,6 +66,7 @@ def export_adapters(runs: Sequence[str | Path], to: str | Path, *, force: bool =
         position_offset=running.position_offset,
         token_types=running.uses_token_types,
         adapters=list(adapters),
+        pairs=takes_pairs(first),
         source={"base_model": first.facts["base_model"], "folders": [str(t.folder) for t in adapters.values()]},
         versions=versions(*libraries(first.facts["method"], "adamw")),
     )
@@ -93,6 +94,8 @@ def check_alike(adapters: dict[str, Trained]) -> None:
         if not trained.running.packed:
             raise ExportError(f"{own}: cannot be exported packed: {trained.running.reason}")
     for own, trained in others:
+        if takes_pairs(trained) != takes_pairs(first):
+            raise ExportError(f"{own}: one of it and {name} learned from pairs of texts and the other did not")
         for what, a, b in (
             ("tokenizer", first.tokenizer.fingerprint, trained.tokenizer.fingerprint),
             ("max_length", first.max_length, trained.max_length),

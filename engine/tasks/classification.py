@@ -39,8 +39,10 @@ class Classification(Task):
         class_weights: np.ndarray | None = None,
         label_smoothing: float = 0.0,
         metric: str = "accuracy",
+        numbered: bool = False,
     ) -> None:
         self.labels = labels
+        self.numbered = numbered
         self.class_weights = class_weights
         self.label_smoothing = label_smoothing
         self.metric = metric
@@ -56,7 +58,12 @@ class Classification(Task):
             raise DataError(
                 f"{train.path}: all {len(train)} rows have the label {names[0]!r}; a classification needs at least two classes"
             )
-        task = cls(names, label_smoothing=config.label_smoothing, metric=config.metric or "accuracy")
+        task = cls(
+            names,
+            label_smoothing=config.label_smoothing,
+            metric=config.metric or "accuracy",
+            numbered=bool(config.labels),
+        )
         targets, _ = task.encode(train, label_column)
         counts = np.bincount(targets, minlength=len(names))
         if (counts > 0).sum() < 2:
@@ -69,10 +76,11 @@ class Classification(Task):
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Classification:
-        return cls(tuple(spec["labels"]), metric=spec.get("metric", "accuracy"))
+        metric, numbered = spec.get("metric", "accuracy"), spec.get("numbered", False)
+        return cls(tuple(spec["labels"]), metric=metric, numbered=numbered)
 
     def spec(self) -> dict[str, Any]:
-        return {"type": self.type, "labels": list(self.labels), "metric": self.metric}
+        return {"type": self.type, "labels": list(self.labels), "metric": self.metric, "numbered": self.numbered}
 
     @property
     def outputs(self) -> int:
@@ -81,7 +89,7 @@ class Classification(Task):
     def encode(
         self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
     ) -> tuple[np.ndarray, np.ndarray]:
-        return label_index(self.labels, rows, label_column, unknown)
+        return label_index(self.labels, rows, label_column, unknown, numbered=self.numbered)
 
     def weights(self, targets: np.ndarray) -> np.ndarray:
         if self.class_weights is None:

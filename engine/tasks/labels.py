@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +11,17 @@ import numpy as np
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError, nearest
 
+WHOLE = re.compile(r"-?\d+\.0+")  # a whole number as a column of decimals writes it
+
 
 def name_of(value: Any) -> str:
-    """A label value as its name: 1, 1.0 and '1' are the same label, as csv and parquet write it differently."""
+    """A label value as its name: 1, 1.0, '1' and '1.0' are the same label, which files write in different ways."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    name = str(value).strip()
+    return name[: name.index(".")] if WHOLE.fullmatch(name) else name
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:
@@ -34,10 +38,15 @@ def find_names(train: Rows, label_column: str | int) -> tuple[str, ...]:
     return in_order({name_of(value) for value in train.labels})
 
 
-def index_by_name(labels: tuple[str, ...]) -> dict[str, int]:
-    """Name to number. Where names are words, a number in the data means its place in the list."""
-    index = {str(i): i for i in range(len(labels))} if not any(n.lstrip("-").isdigit() for n in labels) else {}
-    return index | {name: i for i, name in enumerate(labels)}
+def index_by_name(labels: tuple[str, ...], *, numbered: bool) -> dict[str, int]:
+    """Name to number. `numbered`: the user listed the names, and so a number in the data means a place in that list.
+
+    Names that were found in data have no such order: 0 is nobody's label there.
+    """
+    index: dict[str, int] = {}
+    if numbered and not any(n.lstrip("-").isdigit() for n in labels):
+        index = {str(i): i for i in range(len(labels))}
+    return index | {name_of(name): i for i, name in enumerate(labels)}
 
 
 def unknown_label(labels: tuple[str, ...], rows: Rows, row: int, label_column: str | int, name: str) -> DataError:
@@ -49,12 +58,12 @@ def unknown_label(labels: tuple[str, ...], rows: Rows, row: int, label_column: s
 
 
 def label_index(
-    labels: tuple[str, ...], rows: Rows, label_column: str | int, unknown: str
+    labels: tuple[str, ...], rows: Rows, label_column: str | int, unknown: str, *, numbered: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Class numbers [N'] int64 and the rows kept [N'] int64."""
     if rows.labels is None:
         raise DataError(f"{rows.path}: no label column {label_column!r}")
-    index = index_by_name(labels)
+    index = index_by_name(labels, numbered=numbered)
     numbers = np.fromiter((index.get(name_of(v), -1) for v in rows.labels), dtype=np.int64, count=len(rows))
     kept = np.flatnonzero(numbers >= 0)
     if len(kept) < len(numbers) and unknown == "error":

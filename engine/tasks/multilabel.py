@@ -39,8 +39,10 @@ class MultiLabel(Task):
         tuned: bool = False,
         positive_weights: np.ndarray | None = None,
         metric: str = "macro_f1",
+        numbered: bool = False,
     ) -> None:
         self.labels = labels
+        self.numbered = numbered
         self.thresholds = np.full(len(labels), 0.5) if thresholds is None else np.asarray(thresholds, dtype=np.float64)
         self.tuned = tuned
         self.positive_weights = positive_weights
@@ -60,7 +62,13 @@ class MultiLabel(Task):
             raise DataError(f"{train.path}: no row has a label in column {label_column!r}")
         tuned = config.thresholds == "tuned"
         start = 0.5 if tuned else float(config.thresholds)
-        task = cls(names, thresholds=np.full(len(names), start), tuned=tuned, metric=config.metric or "macro_f1")
+        task = cls(
+            names,
+            thresholds=np.full(len(names), start),
+            tuned=tuned,
+            metric=config.metric or "macro_f1",
+            numbered=bool(config.labels),
+        )
         targets, _ = task.encode(train, label_column)
         if config.class_weights == "balanced":
             positive = targets.sum(axis=0)
@@ -72,7 +80,10 @@ class MultiLabel(Task):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> MultiLabel:
         return cls(
-            tuple(spec["labels"]), thresholds=np.array(spec["thresholds"]), metric=spec.get("metric", "macro_f1")
+            tuple(spec["labels"]),
+            thresholds=np.array(spec["thresholds"]),
+            metric=spec.get("metric", "macro_f1"),
+            numbered=spec.get("numbered", False),
         )
 
     def spec(self) -> dict[str, Any]:
@@ -81,6 +92,7 @@ class MultiLabel(Task):
             "labels": list(self.labels),
             "thresholds": [round(float(t), 6) for t in self.thresholds],
             "metric": self.metric,
+            "numbered": self.numbered,
         }
 
     @property
@@ -92,7 +104,7 @@ class MultiLabel(Task):
     ) -> tuple[np.ndarray, np.ndarray]:
         if rows.labels is None:
             raise DataError(f"{rows.path}: no label column {label_column!r}")
-        index = index_by_name(self.labels)
+        index = index_by_name(self.labels, numbered=self.numbered)
         targets = np.zeros((len(rows), len(self.labels)), dtype=np.float32)
         kept = np.ones(len(rows), dtype=bool)
         for i, values in enumerate(rows.labels):

@@ -61,7 +61,8 @@ class Ordinal(Task):
     def encode(
         self, rows: Rows, label_column: str | int = "label", unknown: str = "error"
     ) -> tuple[np.ndarray, np.ndarray]:
-        return label_index(self.labels, rows, label_column, unknown)
+        # Words have their order from the user's list, so a place in it says which is meant.
+        return label_index(self.labels, rows, label_column, unknown, numbered=True)
 
     def label_counts(self, targets: np.ndarray) -> dict[str, int]:
         return dict(zip(self.labels, np.bincount(targets, minlength=len(self.labels)).tolist(), strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +13,21 @@ from typing import Any
 
 from regraft.engine.config import NOT_DECISIVE, RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.files import file_sha256
 from regraft.engine.machine import versions
 from regraft.engine.methods.settings import libraries
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run left. `metrics`: of the best checkpoint, by split."""
+    """What a finished run left. `metrics`: of the best checkpoint, by split; `earlier`: it had finished before."""
 
     folder: Path
     best_step: int
     metrics: dict[str, dict[str, float]]
     seconds: float
     steps: int
+    earlier: bool = False
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -57,17 +58,16 @@ def telling_full_disk(folder: Path) -> Iterator[None]:
 
 
 def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult | None:
-    """Make the run folder ready; the result, where the same run has already finished.
+    """Look into the run folder; the result, where the same run has already finished. Nothing is changed.
 
-    Raises TrainingError when the folder belongs to a run with another configuration.
+    Raises TrainingError where a file is in the way, or the folder belongs to a run with another configuration or on
+    other rows, unless it is to be replaced (`restart`).
     """
     mark = folder / "run.json"
-    if restart and int(os.environ.get("RANK", "0")) == 0:
-        for name in ("checkpoints", "best"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in ("metrics.jsonl", "run.json", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-    if not mark.exists():
+    in_the_way = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if in_the_way is not None:
+        raise TrainingError(f"run: {folder}: {in_the_way} is a file; expected a folder, or a name that is free")
+    if restart or not mark.exists():
         return None
     try:
         state = json.loads(mark.read_text(encoding="utf-8"))
@@ -79,10 +79,36 @@ def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult
             f"{folder}: holds a run with another configuration ({changed}). Choose another run folder with "
             "--set run=FOLDER, or start with --restart to replace it"
         )
+    refuse_other_rows(folder, state.get("data", {}), fingerprints(config))
     if not state.get("finished"):
         return None
     result = state["result"]
-    return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"])
+    return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"], earlier=True)
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Throw away what a run left."""
+    for name in ("checkpoints", "best", "trackers"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("metrics.jsonl", "run.json", "report.html", "evaluation.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def fingerprints(config: RunConfig) -> dict[str, str]:
+    """A hash of every file of rows, by its path; those that are not files here (hub datasets, say) have none."""
+    sections = [task.data for task in config.tasks.values()] if config.tasks else [config.data]
+    paths = {str(p) for data in sections for p in (data.train, data.dev, data.test) if p and Path(p).is_file()}
+    return {path: file_sha256(Path(path)) for path in sorted(paths)}
+
+
+def refuse_other_rows(folder: Path, then: dict[str, str], now: dict[str, str]) -> None:
+    """Raise TrainingError where a file of rows is not what it was when the run began."""
+    changed = [path for path in then if path in now and now[path] != then[path]]
+    if changed:
+        raise TrainingError(
+            f"{', '.join(changed)}: changed since the run in {folder} began, so its steps cannot go on and its figures are "
+            "of other rows. Choose another run folder with --set run=FOLDER, or start with --restart to replace it"
+        )
 
 
 def versions_of(config: RunConfig) -> dict[str, str]:

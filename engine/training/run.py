@@ -14,11 +14,11 @@ import numpy as np
 import yaml
 
 from regraft.engine.config import RunConfig, config_hash
-from regraft.engine.errors import RegraftError, TrainingError
+from regraft.engine.errors import NotFiniteError, RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
-from regraft.engine.training.folder import RunResult, open_run_folder, telling_full_disk
+from regraft.engine.training.folder import RunResult, clear_run_folder, fingerprints, open_run_folder, telling_full_disk
 from regraft.engine.training.launch import check_processes
 from regraft.engine.training.saving import best_model_whole, checkpoint_is_due, write_checkpoint
 from regraft.engine.training.together import agreed, has_lost_others, meet, processes, together, who_is_missing
@@ -55,6 +55,7 @@ def train(
     from regraft.engine.training.recipes import recipe_of
 
     run = recipe_of(config)(config, folder, on_step, quiet)
+    run.restart = restart
     try:
         with telling_full_disk(folder):
             return run.go()
@@ -71,10 +72,12 @@ def train(
 class _Run:
     """One run's parts. `go` is the recipe."""
 
+    restart = False
     # What `build` sets where a method uses it.
     vocabulary: Any = None
     unfreezing: Any = None
     shards: Any = None
+    stepper: Any = None
 
     def __init__(
         self,
@@ -280,6 +283,8 @@ class _Run:
         self.checkpoints = self.folder / "checkpoints"
         main = self.accelerator.is_main_process
         if main:
+            if self.restart:  # only now: what could go wrong with data and model has not
+                clear_run_folder(self.folder)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
@@ -291,6 +296,9 @@ class _Run:
             )
             if self.vocabulary:
                 self.vocabulary.decayed, self.vocabulary.averaged = self.state.extra["vocabulary"]
+            asked, used = self.state.extra.get("token_budget", (None, None))
+            if self.stepper is not None and asked == self.config.training.token_budget:
+                self.stepper.token_budget = used  # not what is free today: micro-batches stay what they were
             self.say(f"going on from step {self.state.step} ({latest})")
         self.history = None
         if main:
@@ -312,7 +320,9 @@ class _Run:
         config = self.config.model_dump(mode="json")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_text(self.folder / "versions.json", json.dumps(versions_of(self.config), indent=2) + "\n")
-        mark = {"config_hash": config_hash(self.config), "config": config, "finished": False}
+        mark: dict[str, Any] = {"config_hash": config_hash(self.config), "config": config}
+        mark |= {"data": fingerprints(self.config)}
+        mark |= {"finished": False}
         write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
 
     def take_step(self) -> None:
@@ -358,9 +368,12 @@ class _Run:
         if self.history:
             self.history.add({"kind": "skipped", "step": step, "loss": repr(loss), "rows": [int(r) for r in rows]})
         self.bar.say(f"step {step}: loss {loss} or its gradient is not finite; step skipped (rows {places})")
-        if self.state.bad_in_a_row >= self.config.training.max_bad_steps:
+        times = self.state.bad_in_a_row
+        if times >= self.config.training.max_bad_steps:
+            self.state.bad_in_a_row = 0  # started again, it tries as often again
+            write_checkpoint(self)
             raise TrainingError(
-                f"step {step}: loss or gradient not finite {self.state.bad_in_a_row} times in a row, last with the rows "
+                f"step {step}: loss or gradient not finite {times} times in a row, last with the rows "
                 f"{places}. The weights of the last good step are in {self.checkpoints}; a lower "
                 "training.learning_rate or precision: fp32 is the usual cure"
             )
@@ -394,13 +407,13 @@ class _Run:
         return self.state.step % period == 0 or self.state.step == self.plan.total_steps
 
     def evaluate(self) -> None:
-        from regraft.engine.evaluation import evaluate, in_short
+        from regraft.engine.evaluation import in_short
 
         state, task, dev = self.state, self.data.task, self.data.splits["dev"]
         if self.averaged:
             self.averaged.swap()
         try:
-            found = evaluate(self.running, dev, task, accelerator=self.accelerator)
+            found = self.figures(dev)
             value = found.metrics[task.metric]
             improved = self.improves(value)
             if improved:
@@ -425,6 +438,19 @@ class _Run:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in in_short(found.metrics, task).items())
         self.bar.say(f"step {state.step}  dev {figures}{'  (best so far)' if improved else ''}")
         write_checkpoint(self)
+
+    def figures(self, examples: Any) -> Any:
+        """The model's figures on a split. Raises TrainingError where there are none: its outputs are not finite."""
+        from regraft.engine.evaluation import evaluate
+
+        try:
+            return evaluate(self.running, examples, self.data.task, accelerator=self.accelerator)
+        except NotFiniteError as error:
+            kept = f"best/ holds that of step {self.state.best_step}" if self.state.best_step >= 0 else "none was saved"
+            raise TrainingError(
+                f"step {self.state.step}: {error}. Training went astray before, and this model is not kept ({kept}): a "
+                "lower training.learning_rate, training.max_grad_norm or precision: fp32 is the usual cure"
+            ) from None
 
     def improves(self, value: float) -> bool:
         best = self.state.best_value

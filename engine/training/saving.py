@@ -36,6 +36,9 @@ def write_checkpoint(run: _Run) -> None:
     if run.history:
         run.state.history_bytes = run.history.bytes
     run.state.extra = {"vocabulary": [used.decayed, used.averaged]} if used else {}
+    # The budget decides the micro-batches, and so which random numbers their dropout draws.
+    if run.stepper is not None:
+        run.state.extra |= {"token_budget": [run.config.training.token_budget, run.stepper.token_budget]}
     run.state.extra |= {"window": [[i.step, i.tokens, i.seconds, i.loss] for i in run.window]}
     model, scaler, content = run.running.model, run.accelerator.scaler, None
     if main or run.shards is not None:
