@@ -163,10 +163,10 @@ def predict_command(
     chosen = _chosen(model, adapters, task)
     trained = next(iter(chosen.values()))
     dropped: dict[str, int] = {}
+    data = changed_data(suited_to(file, trained.data), list(overrides))
     if texts:
         source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
     else:
-        data = changed_data(suited_to(file, trained.data), list(overrides))
         source = trained.task.inputs(file or sys.stdin.buffer, data, dropped)
     if len(chosen) > 1:
         _write_several(chosen, source, top_k, sys.stdout)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from regraft.engine.config import load_config
@@ -43,6 +44,31 @@ def test_killed_at_any_moment_and_started_again_is_as_if_never_killed(make_confi
     assert kills >= 2
     assert largest_difference(tmp_path / "whole", tmp_path / "killed") == 0.0
     assert lines_that_matter(tmp_path / "whole") == lines_that_matter(tmp_path / "killed")
+
+
+class Enough(Exception):
+    """Ends a run as a kill would, after a checkpoint."""
+
+
+def test_memory_that_is_free_on_the_day_of_resuming_decides_nothing(make_config, tmp_path, monkeypatch):
+    """With dropout, as the micro-batches decide which random numbers it draws."""
+    path = make_config(training={"checkpoint_every": 1})
+    train(load_config(path, [f"run={tmp_path / 'whole'}"]), quiet=True)
+
+    def stop(info):
+        if info.step == 6:
+            raise Enough
+
+    resumed = load_config(path, [f"run={tmp_path / 'resumed'}"])
+    with pytest.raises(Enough):
+        train(resumed, on_step=stop, quiet=True)
+    monkeypatch.setattr("regraft.engine.training.setup.free_memory", lambda: 1)
+    small = load_config(path, [f"run={tmp_path / 'small'}"])
+    monkeypatch.setattr("regraft.engine.training.setup.choose_token_budget", lambda *_: 20)
+    train(resumed, quiet=True)
+    assert largest_difference(tmp_path / "whole", tmp_path / "resumed") == 0.0
+    train(small, quiet=True)  # the budget would have told
+    assert largest_difference(tmp_path / "whole", tmp_path / "small") > 1e-5
 
 
 def wait_for_steps(folder: Path, process: subprocess.Popen, lines: int) -> None:

@@ -135,6 +135,49 @@ def test_a_graph_that_differs_is_refused_with_the_figures(trained_run, tmp_path)
         check_parity(graph_runner(open_graph(path), info), expected)
 
 
+def test_an_export_that_answers_otherwise_on_real_rows_is_refused(trained_run, tmp_path, monkeypatch):
+    """A fault that the grid cannot see: its sequences have one token type, pairs have two."""
+    import regraft.engine.graphs as graphs
+
+    folder = tmp_path / "pairs"
+    shutil.copytree(trained_run / "best", folder)
+    facts = json.loads((folder / "regraft.json").read_text())
+    facts["data"] |= {"columns": {"text": "a", "text_pair": "b", "label": "label"}, "dev": str(tmp_path / "dev.csv")}
+    (folder / "regraft.json").write_text(json.dumps(facts))
+    (tmp_path / "dev.csv").write_text("a,b,label\n" + "good film,bad plot,pos\ndull,warm,neg\n" * 4)
+    write = graphs.write_graph
+
+    def write_wrong(running, info, path):
+        types = running.model.bert.embeddings.token_type_embeddings.weight
+        right = types.detach().clone()
+        with torch.no_grad():
+            types[1] += torch.randn(types.shape[1])
+        write(running, info, path)
+        with torch.no_grad():
+            types.copy_(right)
+
+    assert "8 rows" in export_bundle(folder, tmp_path / "right")
+    assert read_info(tmp_path / "right").pairs is True
+    monkeypatch.setattr(graphs, "write_graph", write_wrong)
+    with pytest.raises(
+        ExportError, match=r"outputs differ .* worst for .*dev\.csv:\d.*; accuracy .* nothing was written"
+    ):
+        export_bundle(folder, tmp_path / "wrong")
+    assert not list(tmp_path.glob("*wrong*"))
+
+
+def test_held_out_rows_that_cannot_be_used_are_told_and_not_called_gone(trained_run, tmp_path):
+    folder = tmp_path / "best"
+    shutil.copytree(trained_run / "best", folder)
+    facts = json.loads((folder / "regraft.json").read_text())
+    (tmp_path / "dev.csv").write_text("text,label\ngood,pos\nfine,poss\n")
+    facts["data"]["dev"] = str(tmp_path / "dev.csv")
+    (folder / "regraft.json").write_text(json.dumps(facts))
+    done = regraft("export", folder, "--to", tmp_path / "b")
+    assert done.returncode == 2 and "dev.csv:3" in done.stderr and "'poss'" in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_bundle_that_was_changed_or_is_not_one_is_refused(trained_run, tmp_path):
     export_bundle(trained_run, tmp_path / "b")
     with pytest.raises(ExportError, match="already there"):
@@ -184,6 +227,49 @@ def test_predict_streams_in_every_format(trained_run, tmp_path):
     assert float(table[0]["score_1"]) == pytest.approx(max(answers[0]["scores"].values()), abs=1e-5)
     shown = regraft("predict", trained_run, "good film", "--format", "table").stdout
     assert answers[0]["label"] in shown
+
+
+def test_rows_of_another_form_are_read_as_they_are(trained_run, tmp_path):
+    """A model that learned from a tsv without header, and files that are none."""
+    folder = tmp_path / "best"
+    shutil.copytree(trained_run / "best", folder)
+    facts = json.loads((folder / "regraft.json").read_text())
+    facts["data"] |= {"format": "tsv", "header": False, "columns": {"text": 1, "label": 0}}
+    (folder / "regraft.json").write_text(json.dumps(facts))
+    (tmp_path / "in.jsonl").write_text('{"text": "good film", "label": "pos"}\n')
+    done = regraft("predict", folder, "--file", tmp_path / "in.jsonl")
+    assert done.returncode == 2 and "in.jsonl" in done.stderr
+    columns = ["--set", "data.columns.text=text", "--set", "data.columns.label=label", "--set", "data.header=true"]
+    done = regraft("predict", folder, "--file", tmp_path / "in.jsonl", *columns)
+    assert json.loads(done.stdout)["text"] == "good film"
+    done = regraft("evaluate", folder, tmp_path / "in.jsonl", *columns, "--format", "json")
+    assert json.loads(done.stdout)["rows"] == 1
+    blank = regraft("predict", trained_run, "--set", "data.empty=drop", input="good film\n\nbad plot\n")
+    assert [json.loads(line)["text"] for line in blank.stdout.splitlines()] == ["good film", "bad plot"]
+    assert "1 rows left out: empty" in blank.stderr
+    wrong = regraft("predict", trained_run, "x", "--set", "data.formt=csv")
+    assert wrong.returncode == 2 and "did you mean 'format'" in wrong.stderr
+    wrong = regraft("predict", trained_run, "x", "--set", "training.seed=1")
+    assert wrong.returncode == 2 and "only what `data` says" in wrong.stderr
+
+
+def test_a_pair_for_a_model_of_single_texts_is_refused_and_the_other_way_round(trained_run, tmp_path):
+    done = regraft("predict", trained_run, "good film", "--pair", "bad plot")
+    assert done.returncode == 2 and "learned from single texts, and 'good film' has a second text" in done.stderr
+    folder = tmp_path / "best"
+    shutil.copytree(trained_run / "best", folder)
+    facts = json.loads((folder / "regraft.json").read_text())
+    facts["data"]["columns"] = {"text": "a", "text_pair": "b", "label": "label"}
+    (folder / "regraft.json").write_text(json.dumps(facts))
+    done = regraft("predict", folder, "good film")
+    assert done.returncode == 2 and "learned from pairs of texts, and 'good film' has no second text" in done.stderr
+
+
+def test_more_answers_than_labels_leave_the_table_whole(trained_run):
+    out = regraft("predict", trained_run, "good film", "--format", "csv", "--top-k", "9").stdout
+    header, row = csv.reader(io.StringIO(out))
+    assert len(header) == len(row) == 8
+    assert dict(zip(header, row, strict=True))["cut_tokens"] == "0"
 
 
 def test_evaluate_gives_the_figures_of_the_run(trained_run):

@@ -174,3 +174,89 @@ def test_help_answers_without_importing_anything_heavy():
     assert done.returncode == 0, done.stderr
     for command in ("init", "train", "evaluate", "predict", "export", "serve"):
         assert command in done.stdout
+
+
+def as_is(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_model_that_went_astray_is_never_kept(make_config, tmp_path, kind):
+    """An evaluation comes before so many steps in a row were skipped that the run would end."""
+    if kind == "regression":
+        rows = "".join(f"{'good ' * (i % 7 + 1)},{i % 5}\n" for i in range(40))
+        (tmp_path / "numbers.csv").write_text("text,label\n" + rows)
+    data = {"train": str(tmp_path / "numbers.csv"), "dev": None} if kind == "regression" else {}
+    path = make_config(task={"type": kind}, data=data)
+    astray = ["training.learning_rate=1e30", "training.max_grad_norm=null", "training.warmup=0"]
+    message = refused(path, *astray, "training.epochs=1", "training.max_bad_steps=1000")
+    assert "outputs for this row are NaN or infinite" in message
+    assert ".csv:" in message and "none was saved" in message
+    assert not (tmp_path / "run" / "best").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"] is False
+
+
+def test_the_last_good_weights_are_where_the_message_says(make_config, tmp_path):
+    from safetensors.torch import load_file
+
+    astray = ["training.learning_rate=1e30", "training.max_grad_norm=null", "training.warmup=0"]
+    message = refused(make_config(), *astray, "training.max_bad_steps=2")
+    assert f"weights of the last good step are in {tmp_path / 'run' / 'checkpoints'}" in message
+    [checkpoint] = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert len(load_file(checkpoint / "model.safetensors")) > 10
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_a_setting_that_is_no_number_is_refused(make_config, value):
+    message = refused(make_config(), f"training.learning_rate={value}")
+    assert "training.learning_rate" in message and "finite" in message
+
+
+def test_a_restart_that_cannot_begin_leaves_the_trained_model_alone(make_config, tmp_path):
+    path = make_config(training={"epochs": 1})
+    assert regraft("train", path, "--quiet").returncode == 0
+    before = as_is(tmp_path / "run")
+    done = regraft("train", path, "--restart", "--set", f"data.train={tmp_path / 'gone.csv'}")
+    assert done.returncode == 2 and "gone.csv: no such file" in done.stderr
+    assert as_is(tmp_path / "run") == before
+    done = regraft("train", path, "--restart", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert "finished before" not in done.stdout
+
+
+def test_a_finished_run_says_so_and_changed_rows_are_not_taken_for_the_same(make_config, tmp_path):
+    path = make_config(training={"epochs": 1})
+    assert "finished before" not in regraft("train", path, "--quiet").stdout
+    assert "finished before, with the same configuration and rows" in regraft("train", path, "--quiet").stdout
+    before = as_is(tmp_path / "run")
+    with (tmp_path / "train.csv").open("a") as file:
+        file.write("good film,pos\n")
+    message = refused(path)
+    assert "train.csv: changed since the run" in message and "--restart" in message
+    assert as_is(tmp_path / "run") == before
+
+
+def test_a_file_in_the_place_of_the_run_folder_is_named(make_config, tmp_path):
+    path = make_config()
+    for place in ("train.csv", "train.csv/run"):
+        message = refused(path, f"run={tmp_path / place}")
+        assert f"{tmp_path / 'train.csv'} is a file; expected a folder" in message
+
+
+def test_what_the_system_refuses_is_one_line(make_config, tmp_path):
+    path = make_config(training={"epochs": 1})
+    assert regraft("train", path, "--quiet").returncode == 0
+    done = regraft("export", tmp_path / "run", "--to", tmp_path / "train.csv" / "bundle")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(tmp_path / "train.csv") in done.stderr
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "regraft.engine", "predict", str(tmp_path / "run"), "good film"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "regraft: standard output: No space left on device"
+
+
+def test_an_anchor_within_itself_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: &again\n  name: *again\n")
+    done = regraft("train", tmp_path / "run.yaml")
+    assert done.returncode == 2 and "run.yaml:" in done.stderr and "anchor within itself" in done.stderr

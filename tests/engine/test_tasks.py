@@ -144,3 +144,22 @@ def test_answers_follow_the_problem_type():
     assert many.label == ("a", "b")
     assert sum(many.scores.values()) > 1.2
     assert list(many.top(1)) == ["a"]
+
+
+def test_a_number_is_a_place_only_in_a_list_that_the_user_gave():
+    found = Classification(("contradiction", "entailment", "neutral"))
+    with pytest.raises(DataError, match=r"train\.csv:3, column 'label': label '0' is not one that training knows"):
+        found.encode(rows(["neutral", 0]))
+    listed = Classification(("entailment", "neutral", "contradiction"), numbered=True)
+    assert listed.encode(rows(["neutral", 0, "2"]))[0].tolist() == [1, 0, 2]
+    assert Classification.from_spec(listed.spec()).encode(rows([2]))[0].tolist() == [2]
+    with pytest.raises(DataError, match="label '0'"):
+        MultiLabel(("joy", "anger")).encode(rows([["joy"], [0]]))
+
+
+def test_one_number_is_one_label_however_a_file_writes_it():
+    task = Classification(("1", "2", "3"))
+    assert task.encode(rows(["1.0", "2", 3, 1.0, "3.00"]))[0].tolist() == [0, 1, 2, 0, 2]
+    given = Classification(("1.0", "2.0"), numbered=True)
+    assert given.encode(rows(["1.0", 2]))[0].tolist() == [0, 1]
+    assert Classification(("v1.0", "v1.5")).encode(rows(["v1.5", "v1.0"]))[0].tolist() == [1, 0]

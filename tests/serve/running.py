@@ -11,7 +11,8 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,10 +112,13 @@ def over_http(
     task: str = "classification",
     layout: str = "packed",
     run: Callable[[Run], Run] = lambda run: run,
+    pairs: bool | None = None,
     **settings: Any,
 ) -> T:
-    """What `talk` returns after talking to the application, in this process. `run` may wrap the model's run."""
-    model, chosen = session(layout, task), ServeSettings(**{"probe_every": 3600.0, **settings})
+    """What `talk` returns after talking to the application, in this process. `run` may wrap the model's run; `pairs`:
+    what the bundle says it learned from."""
+    model, chosen = copy(session(layout, task)), ServeSettings(**{"probe_every": 3600.0, **settings})
+    model.info = replace(model.info, pairs=pairs)
 
     async def main() -> T:
         transport = httpx.ASGITransport(create_app(model, scheduler, chosen))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
+import json
 import shutil
 import signal
 import socket
@@ -40,6 +42,15 @@ def test_the_server_process_holds_neither_torch_nor_transformers(server: Running
 def test_a_connection_is_kept_for_many_requests(server: Running) -> None:
     with httpx.Client(base_url=server.url, limits=httpx.Limits(max_connections=1)) as client:
         assert {client.post("/predict", json={"inputs": "good"}).status_code for _ in range(20)} == {200}
+
+
+def test_who_sends_too_much_gets_to_read_why(server: Running) -> None:
+    """While it still sends, as most clients do: closing on it at once would be a broken pipe there."""
+    address = httpx.URL(server.url)
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE)
+    connection.request("POST", "/predict", body=b"a" * (6 << 20), headers={"content-type": "application/json"})
+    answer = connection.getresponse()
+    assert (answer.status, json.loads(answer.read())["error"]["code"]) == (413, "body_too_large")
 
 
 def test_a_port_in_use_is_one_clear_line(server: Running) -> None:
@@ -103,7 +114,11 @@ def test_a_bundle_without_a_file_is_one_line_that_names_it_and_exit_code_2(tmp_p
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--threads", "0"], "threads: 0; expected at least 1"), (["--port", "70000"], "port: 70000; expected 0")],
+    [
+        (["--threads", "0"], "threads: 0; expected at least 1"),
+        (["--port", "70000"], "port: 70000; expected 0"),
+        (["--stall", "-1"], "stall: -1.0; expected more than 0 seconds"),
+    ],
 )
 def test_a_setting_out_of_range_is_named(arguments: list[str], message: str) -> None:
     run = subprocess.run(command(bundle(), *arguments), capture_output=True, text=True, timeout=PATIENCE)

@@ -57,9 +57,27 @@ def test_a_single_text_that_fails_is_a_500_with_the_reason() -> None:
     assert answer.json()["error"]["message"] == "the model gave a number that is not finite"
 
 
+def test_a_model_of_pairs_takes_no_single_text_and_the_other_way_round() -> None:
+    one, two = {"text": "good"}, {"text": "good", "text_pair": "bad film"}
+    for pairs, right, wrong, message in ((True, two, one, "field required"), (False, one, two, "leave it out")):
+        assert len(predictions({"inputs": [right, right]}, pairs=pairs)) == 2
+        answer = post({"inputs": [right, wrong]}, pairs=pairs)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["field"]) == (422, "inputs[1].text_pair")
+        assert message in error["message"]
+
+
+def test_half_a_character_in_a_single_text_is_the_clients_422() -> None:
+    answer = post({"inputs": "bad \ud800"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["field"]) == (422, "invalid_request", "inputs")
+    assert "surrogate" in error["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "field", "message"),
     [
+        ({"inputs": "a", "nothing": 1}, "nothing", "known are inputs, adapter, top_k, tasks"),
         ({"inputs": []}, "inputs", "at least 1 item"),
         ({"inputs": None}, "inputs", "expected a text"),
         ({"inputs": 3}, "inputs", "expected a text"),
