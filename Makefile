@@ -56,7 +56,7 @@ gpu-path:
 # The kernels' tests compiled instead of interpreted, then a few of them watched for bad memory accesses.
 test-gpu: gpu-path
 	$(ON_GPU) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
-	$(ON_GPU) -m pytest tests/kernels tests/engine/test_gpu_step.py tests/engine/test_captured_optimizer.py tests/engine/test_ways.py tests/engine/test_gpu_sharding.py
+	$(ON_GPU) -m pytest tests/kernels tests/engine/test_gpu_step.py tests/engine/test_captured_optimizer.py tests/engine/test_ways.py tests/engine/test_gpu_sharding.py tests/engine/test_speed_gpu.py
 	if command -v compute-sanitizer >/dev/null; then $(ON_GPU:$(PYTHON)=) compute-sanitizer --error-exitcode 1 \
 	  $(PYTHON) -m pytest tests/kernels -k "same_bits and triton"; else echo "compute-sanitizer is not installed"; fi
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from regraft.engine import __version__
-from regraft.engine.errors import RegraftError
+from regraft.engine.errors import LostProcessError, RegraftError
 from regraft.engine.threads import give_way
 
 
@@ -35,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 for an error that is the user's to solve, 130 when interrupted."""
+    """Run one command; 0 on success, 2 for an error that is the user's to solve, 3 where another process of the same run has
+    one, 130 when interrupted."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "texts") and not any(text.startswith("-") for text in rest):
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave_output()
         return 0
     except RegraftError as error:
-        return _refused(str(error))
+        return _refused(str(error), 3 if isinstance(error, LostProcessError) else 2)
     except OSError as error:  # a disk, a folder, a right: nothing that a traceback would help with
         if error.strerror is None:
             raise
@@ -68,12 +69,12 @@ def leave_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _refused(message: str) -> int:
+def _refused(message: str, code: int = 2) -> int:
     from regraft.engine.training.together import end_at_once
 
     print(f"regraft: {message}", file=sys.stderr)
-    end_at_once(2)
-    return 2
+    end_at_once(code)
+    return code
 
 
 def _add_init(commands: argparse._SubParsersAction) -> None:

@@ -288,9 +288,11 @@ class RunConfig(Section):
         return self
 
 
-# Keys, of the run and of training, that change where and how often a run writes and how fast it is, not its result.
+# Keys, of the run and of training, that change where and how often a run writes, how fast it is and what memory it takes, not
+# its result beyond rounding and which units dropout draws.
 NOT_DECISIVE = frozenset(
     {"run", "trackers", "checkpoint_every", "threads", "steps", "sharding", "offload_optimizer", "timeout"}
+    | {"token_budget", "gradient_checkpointing"}
 )
 
 

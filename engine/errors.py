@@ -27,6 +27,14 @@ class TrainingError(RegraftError):
     """A training run that cannot go on; its run folder is intact."""
 
 
+class MemoryShortError(TrainingError):
+    """A training run that does not fit into memory as it is set up."""
+
+
+class LostProcessError(TrainingError):
+    """Of several processes, one that ends because another is gone; that one's own error says why."""
+
+
 class NotFiniteError(RegraftError):
     """A model whose outputs are NaN or infinite."""
 

@@ -8,7 +8,10 @@ from pathlib import Path, PurePosixPath
 
 # Where the control group trees are mounted, on every distribution and in every container runtime.
 V2_MOUNTS = ("sys/fs/cgroup", "sys/fs/cgroup/unified")
-V1_MOUNTS = ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct")
+V1_MOUNTS = {
+    "cpu": ("sys/fs/cgroup/cpu", "sys/fs/cgroup/cpu,cpuacct"),
+    "memory": ("sys/fs/cgroup/memory",),
+}
 
 
 def available_threads(root: str | Path = "/") -> int:
@@ -55,22 +58,23 @@ def cpu_pressure(root: str | Path = "/") -> float:
 def cgroup_cpus(root: str | Path = "/") -> float | None:
     """The tightest CPU quota of the process's control group and of those above it, in CPUs; None without one."""
     root = Path(root)
-    quotas = [quota for folder in _groups(root) if (quota := _quota(folder)) is not None]
+    quotas = [quota for folder in control_groups(root, "cpu") if (quota := _quota(folder)) is not None]
     return min(quotas, default=None)
 
 
-def _groups(root: Path) -> Iterator[Path]:
-    """Folders of the process's CPU control group and its ancestors, cgroup v2 and v1."""
+def control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the process's control group for `controller` (cpu, memory) and of its ancestors, cgroup v2 and v1."""
     try:
         lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
         return
     for line in lines:
         number, controllers, path = line.split(":", 2)
+        mounts: tuple[str, ...]
         if number == "0" and not controllers:
             mounts = V2_MOUNTS
-        elif "cpu" in controllers.split(","):
-            mounts = V1_MOUNTS
+        elif controller in controllers.split(","):
+            mounts = V1_MOUNTS[controller]
         else:
             continue
         # Inside a container the path may be the host's while the mount shows only the container's own group, so

@@ -128,7 +128,7 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     from transformers.utils import logging
 
     from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
-    from regraft.engine.methods.adapt import Adaptation
+    from regraft.engine.methods.adapt import WEIGHTS, Adaptation
     from regraft.engine.methods.folder import is_adapter_folder, load_adapter
     from regraft.engine.models import ready_to_answer
     from regraft.engine.pretrained import explain
@@ -158,7 +158,10 @@ def load_trained(path: str | Path, *, packing: str = "auto", device: str | None 
     if is_adapter_folder(folder):
         adaptation = load_adapter(folder, facts)
         if merge and adaptation.mergeable:
-            adaptation.merge()
+            try:
+                adaptation.merge()
+            except ModelError as error:
+                raise ModelError(f"{folder / WEIGHTS}: {error}") from None
     else:
         try:
             model = getattr(transformers, task.auto_model).from_pretrained(folder, dtype="float32")

@@ -27,7 +27,7 @@ from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan, share_by_tokens
 from regraft.engine.training.run import _Run
 from regraft.engine.training.setup import prepare, set_threads
-from regraft.engine.training.step import Stepper, step_seed
+from regraft.engine.training.step import Stepper, step_seed, without_ddp
 
 TOGETHER = 4  # rows of one class that come into the same step
 ENCODED = 4096  # tokens of one forward pass without gradient
@@ -73,13 +73,10 @@ class PairStepper(Stepper):
         mine = mine if len(mine) else rows[:1]
         torch.manual_seed(step_seed(self.seed, step, accelerator.process_index, 0))
         with accelerator.autocast():
-            found = self.model(collate(self.examples.store, mine).to(accelerator.device))
+            found = without_ddp(self.model)(collate(self.examples.store, mine).to(accelerator.device))
         loss = pair_loss(found, torch.from_numpy(np.asarray(self.examples.targets)[mine]).to(accelerator.device))
         accelerator.backward(loss)
-        lost = loss.detach().double().cpu()
-        if accelerator.num_processes > 1:
-            lost = accelerator.reduce(lost.to(accelerator.device), reduction="mean").cpu()
-        return lost
+        return loss.detach().double()
 
 
 class ContrastiveRun(_Run):

@@ -233,7 +233,10 @@ def unload_merged(model: Any) -> None:
 
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+            try:
+                module.merge(safe_merge=True)
+            except ValueError as error:  # peft's, for weights that are not finite
+                raise ModelError(f"the adapter's weights of {name} cannot be merged: {error}") from None
             plain = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
             plain = module.modules_to_save[module.active_adapter]

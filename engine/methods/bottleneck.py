@@ -7,7 +7,7 @@ feed-forward alone. `up` starts at zero, so a model starts as it was. Saved and 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,12 @@ def write_spec(folder: Path, spec: BottleneckSpec, base: str) -> None:
 
 
 def read_spec(folder: Path) -> BottleneckSpec:
-    values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    values.pop("base_model_name_or_path")
-    return BottleneckSpec(**values | {"targets": tuple(values["targets"])})
+    """Raises ModelError where adapter_config.json is not what `write_spec` wrote."""
+    file = folder / "adapter_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values.pop("base_model_name_or_path", None)
+    try:
+        return BottleneckSpec(**values | {"targets": tuple(values["targets"])})
+    except (KeyError, TypeError):
+        wanted = ", ".join(field.name for field in fields(BottleneckSpec))
+        raise ModelError(f"{file}: expected the keys {wanted}; found {', '.join(values) or 'none'}") from None

@@ -33,7 +33,7 @@ def merge(model: str | Path, to: str | Path, *, data_file: str | None = None, ma
     found = _outputs(after, data_file)[1]
     report = _report(to, source, expected, found)
     share = _drift(expected, found)
-    if share > max_drift:
+    if not share <= max_drift:  # NaN neither
         raise ModelError(
             f"merging changes the answers too much (allowed {max_drift:.0e}); nothing was written. {report}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 MAX_DRIFT = 1e-3
@@ -15,12 +16,22 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--data", metavar="FILE", help="rows to compare on; default: the run's dev rows")
     parser.add_argument(
         "--max-drift",
-        type=float,
+        type=_share,
         default=MAX_DRIFT,
         metavar="SHARE",
         help="largest difference of a logit, as a share of the largest logit (%(default)s)",
     )
     parser.set_defaults(handler=_merge)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a share of 0 or more, such as {MAX_DRIFT}")
+    return share
 
 
 def _merge(args: argparse.Namespace) -> int:

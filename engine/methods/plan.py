@@ -6,6 +6,7 @@ pass of the largest micro-batch; what the process holds besides (libraries, rows
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,13 @@ import torch
 from torch import nn
 
 from regraft.engine.config import RunConfig, parse_config
-from regraft.engine.errors import ModelError, RegraftError
+from regraft.engine.errors import MemoryShortError, ModelError, RegraftError
+from regraft.engine.memory import host_memory
+from regraft.engine.methods.plan_processes import of_one_process
 from regraft.engine.methods.settings import ADAPTERS, SECTIONS
 
 PROBE_STEPS = 10
 PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
-ALTERNATIVES = ("full", "bitfit", "lora", "qlora", "adapter")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,11 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The chosen method, the others, and the run's length. `seconds`: of all steps at the probe's speed."""
+    """The chosen method, the others, and the run's length; memory is that of one of `processes`.
+
+    `tokens_per_second`, of one process, and `seconds`, of all steps at that speed: None where no step was taken, for what is
+    counted (activations are then an estimate) does not fit.
+    """
 
     chosen: MethodPlan
     others: tuple[MethodPlan, ...]
@@ -62,81 +68,147 @@ class RunPlan:
     tokens: int
     longest_step: int
     token_budget: int
-    tokens_per_second: float
-    seconds: float
+    tokens_per_second: float | None
+    seconds: float | None
     available: int
     device: str
     watts: float | None = None
+    processes: int = 1
+    sharding: str = "none"
 
     @property
     def fits(self) -> bool:
-        return self.chosen.memory.peak <= self.available
+        return self.seconds is not None and self.chosen.memory.peak <= self.available
 
 
-def plan_run(config: RunConfig, *, alternatives: bool = True) -> RunPlan:
-    """Prepare the run as `train` does, take ten steps in memory, and write nothing. Raises RegraftError."""
+def plan_run(config: RunConfig, *, alternatives: bool = True, processes: int = 1) -> RunPlan:
+    """Prepare the run as `train` does, take ten steps in memory, and write nothing. Raises RegraftError.
+
+    `processes`: of one machine, for which it is planned; the probe itself runs in this one.
+    """
     from pathlib import Path
 
+    from regraft.engine.training.launch import check_processes
+    from regraft.engine.training.order import share_by_tokens
     from regraft.engine.training.recipes import recipe_of
+    from regraft.engine.training.step import out_of_memory
 
     if config.method not in PLANNED:
         raise ModelError(
             f"method: {config.method}: it trains no encoder, so its memory is not planned; planned are {', '.join(PLANNED)}"
         )
-
+    check_processes(config, processes)
     run = recipe_of(config)(config, Path(config.run), None, True)
     run.prepare()
-    run.build()
-    examples, batch_size = run.stepper.examples, config.training.batch_size
-    largest = np.sort(np.argsort(-examples.lengths, kind="stable")[:batch_size])
-    rate = _probe(run, largest)
-    peak = _peak_bytes()
-    chosen = _count(config.method, run.running.model, config, _activations(run, largest))
-    counted = chosen.memory.peak
-    rest = max(peak - counted, 0)
-    chosen = _with_rest(chosen, rest + _read_back(config.method, run.running.model, run.vocabulary))
+    try:
+        run.build()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        if getattr(run, "running", None) is None:
+            raise run.without_memory(error) from error
+    examples = run.data.splits["train"]
+    largest = np.sort(np.argsort(-examples.lengths, kind="stable")[: config.training.batch_size])
+    plan = run.make_plan()
+    tokens = int(examples.lengths.sum() * plan.total_steps / plan.steps_per_epoch)
+    on_gpu = torch.cuda.is_available()
+    share = 1 if on_gpu else processes  # a machine's processes have a GPU each, but its memory and cores together
+
+    def planned(chosen: MethodPlan, others: tuple[MethodPlan, ...], rate: float | None, watts: float | None) -> RunPlan:
+        return RunPlan(
+            chosen,
+            others,
+            plan.total_steps,
+            tokens,
+            int(examples.lengths[largest].sum()),
+            _token_budget(run),
+            rate,
+            None if rate is None else tokens / rate * share / processes,
+            _available() // share,
+            "cuda" if on_gpu else "cpu",
+            watts,
+            processes,
+            config.training.sharding,
+        )
+
+    # What is certain comes first: where even that is too much, a probe would be ended by the system, with no answer.
+    guess = _count(config.method, run.running.model, config, _guessed_activations(run, largest, processes))
+    try:
+        if run.stepper is None or guess.memory.peak - guess.memory.activations // 2 > _available():
+            raise MemoryShortError("what is counted does not fit")
+        rate, watts = _probe(run, largest)
+        peak = _peak_bytes()
+        chosen = _count(config.method, run.running.model, config, _activations(run, largest))
+    except Exception as error:
+        if not (isinstance(error, MemoryShortError) or out_of_memory(error)):
+            raise
+        memory = of_one_process(guess.memory, run.running.model, config, processes)
+        return planned(replace(guess, memory=memory), (), None, None)
+    rest = max(peak - chosen.memory.peak, 0)
+    mine = largest[share_by_tokens(examples.lengths[largest], processes)[0]]
+    if processes > 1:
+        chosen = replace(chosen, memory=replace(chosen.memory, activations=_activations(run, mine)))
+    chosen = _whole(chosen, run.running.model, run.vocabulary, config, rest, processes)
     others = tuple(
-        _alternative(m, config, run, largest, rest) for m in ALTERNATIVES if alternatives and m != config.method
+        _alternative(m, config, run, mine, rest, processes) for m in PLANNED if alternatives and m != config.method
     )
-    tokens = int(examples.lengths.sum() * run.plan.total_steps / run.plan.steps_per_epoch)
-    return RunPlan(
-        chosen,
-        others,
-        run.plan.total_steps,
-        tokens,
-        int(examples.lengths[largest].sum()),
-        run.stepper.token_budget,
-        rate,
-        tokens / rate,
-        _available(),
-        run.accelerator.device.type,
-        _watts(),
-    )
+    return planned(chosen, others, rate, watts)
 
 
-def _probe(run: Any, largest: np.ndarray) -> float:
-    """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first."""
+def _token_budget(run: Any) -> int:
+    from regraft.engine.training.setup import choose_token_budget
+
+    if run.stepper is not None:
+        return run.stepper.token_budget
+    return choose_token_budget(run.config, run.running.model, run.precision)
+
+
+def _guessed_activations(run: Any, largest: np.ndarray, processes: int) -> int:
+    """Bytes of the largest micro-batch's activations, from the model's size alone."""
+    from regraft.engine.training.setup import activation_bytes
+
+    lengths = run.data.splits["train"].lengths[largest]
+    at_once = min(int(lengths.sum()) // processes, max(_token_budget(run), int(lengths.max())))
+    a_token = activation_bytes(run.running.model, run.precision)
+    if run.config.training.gradient_checkpointing:  # one value a layer, and all of one layer's
+        layers = getattr(run.running.model.config, "num_hidden_layers", 12)
+        a_token *= 1 / 34 + 1 / layers
+    return int(at_once * a_token)
+
+
+def _whole(counted: MethodPlan, model: Any, used: Any, config: RunConfig, rest: int, processes: int) -> MethodPlan:
+    """The plan of one process with everything in it. `used`: what the word embedding was cut to, if it was."""
+    counted = _with_rest(counted, rest + _read_back(counted.method, model, used))
+    return replace(counted, memory=of_one_process(counted.memory, model, config, processes))
+
+
+def _probe(run: Any, largest: np.ndarray) -> tuple[float, float | None]:
+    """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first, and watts."""
     from regraft.engine.evaluation import evaluate
 
     run.stepper.rehearse(len(largest))
     tokens, seconds = 0, 0.0
     order = run.plan.order(0)
+    watts = []
     for step in range(PROBE_STEPS):
         rows = run.plan.batch(step % run.plan.steps_per_epoch, order)
         began = time.perf_counter()
         tokens += run.stepper(step, rows).tokens
         seconds += time.perf_counter() - began
+        watts.append(_watts())
     # with its figures: what computes them is imported then, and stays
     evaluate(run.running, run.data.splits["dev"], run.data.task, accelerator=run.accelerator, most_batches=1)
     run.set_training_mode()
-    return tokens / max(seconds, 1e-9)
+    drawn = [w for w in watts if w is not None]
+    return tokens / max(seconds, 1e-9), max(drawn, default=None)
 
 
-def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, rest: int) -> MethodPlan:
+def _alternative(
+    method: str, config: RunConfig, run: Any, largest: np.ndarray, rest: int, processes: int
+) -> MethodPlan:
     from regraft.engine.heads.live import model_of
     from regraft.engine.methods.adapt import adapt
-    from regraft.engine.methods.speed import use_method_kernels
-    from regraft.engine.models import RunningModel
+    from regraft.engine.training.step import out_of_memory
 
     values = config.model_dump(mode="json") | {"method": method}
     for section, methods in SECTIONS.items():
@@ -148,6 +220,20 @@ def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, 
         adapt(model, other, run.precision)
     except RegraftError as error:
         return MethodPlan(method, note=str(error))
+    try:
+        return _counted_beside(model, other, run, largest, rest, processes)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        return MethodPlan(method, note="out of memory while it was counted beside the chosen method")
+
+
+def _counted_beside(
+    model: Any, other: RunConfig, run: Any, largest: np.ndarray, rest: int, processes: int
+) -> MethodPlan:
+    from regraft.engine.methods.speed import use_method_kernels
+    from regraft.engine.models import RunningModel
+
     running = RunningModel(model, pad_token_id=run.data.tokenizer.pad_token_id, reads=run.data.task.reads)
     running.to(run.accelerator.device)
     if run.running.packed:
@@ -157,18 +243,18 @@ def _alternative(method: str, config: RunConfig, run: Any, largest: np.ndarray, 
         use_method_kernels(running, other, run.precision)
     held, run.running, run.stepper.model = run.running, running, running
     try:
-        used = run.vocabulary
-        if used is not None:  # the rows were renumbered for the chosen method's smaller table
+        table = running.model.get_input_embeddings().weight
+        used = (
+            run.vocabulary if table.requires_grad else None
+        )  # a table that is frozen would not be cut to the rows in use
+        if used is not None:
             running.model.get_input_embeddings().weight.data = used.module.weight.data
         running.train()
         activations = _activations(run, largest)
     finally:
         run.running, run.stepper.model = held, held
-    counted = _count(method, model, other, activations)
-    if used is not None and not model.get_input_embeddings().weight.requires_grad:
-        whole = replace(counted.memory, weights=counted.memory.weights + used.left_out)  # it would not be cut then
-        counted = replace(counted, memory=whole)
-    return _with_rest(counted, rest + _read_back(method, model, used))
+    counted = _count(other.method, model, other, activations)
+    return _whole(counted, model, used, other, rest, processes)
 
 
 def _count(method: str, model: nn.Module, config: RunConfig, activations: int) -> MethodPlan:
@@ -181,7 +267,13 @@ def _count(method: str, model: nn.Module, config: RunConfig, activations: int) -
     numbers = sum(p.numel() for p in trained)
     averages = gradients if config.training.ema else 0
     memory = Memory(weights, gradients, 2 * a_moment * numbers, averages, activations)
-    return MethodPlan(method, numbers, sum(p.numel() for p in model.parameters()), memory)
+    return MethodPlan(method, numbers, sum(_numbers(p) for p in model.parameters()), memory)
+
+
+def _numbers(weight: Any) -> int:
+    """How many numbers a weight stands for: in four bits two of them are stored as one."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else math.prod(state.shape)
 
 
 def _read_back(method: str, model: nn.Module, used: Any) -> int:
@@ -231,15 +323,16 @@ def _peak_bytes() -> int:
 
 
 def _available() -> int:
+    """Bytes that this process may have in all."""
     import psutil
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return host_memory() + psutil.Process().memory_info().rss
 
 
 def _watts() -> float | None:
-    """Power limit of the GPU; None where nothing tells."""
+    """Power that the GPU draws at this moment; None where nothing tells."""
     if not torch.cuda.is_available():
         return None
     try:

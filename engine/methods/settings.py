@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from regraft.engine.section import Section
 
@@ -33,7 +33,7 @@ class LoraSettings(Section):
     dora: bool = Field(False, description="weight-decomposed, a magnitude a row is trained too (Liu et al. 2024)")
     plus_ratio: float = Field(1.0, ge=1, description="LoRA+: learning rate of B over that of A (Hayou et al. 2024)")
     targets: list[str] | None = Field(
-        None, description="ends of module paths, such as query; null: all linear layers of the backbone"
+        None, min_length=1, description="ends of module paths, such as query; null: all linear layers of the backbone"
     )
     rank_pattern: dict[str, Positive] = Field({}, description="regular expression over module paths: rank there")
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field({}, description="the same for alpha")
@@ -74,6 +74,12 @@ class UnfreezeSettings(Section):
     last_layers: int | None = Field(None, ge=0, description="only the last k layers and the head; null: all layers")
     gradual: bool = Field(False, description="head first, then one more layer from the top at a time")
     every: int | Literal["epoch"] = Field("epoch", description="gradual: optimizer steps, or epoch, between layers")
+
+    @model_validator(mode="after")
+    def _every_some_steps(self) -> UnfreezeSettings:
+        if isinstance(self.every, int) and self.every < 1:
+            raise ValueError("every: must be at least 1")
+        return self
 
 
 def libraries(method: str, optimizer: str) -> tuple[str, ...]:

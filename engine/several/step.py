@@ -76,11 +76,9 @@ class TurnStepper(Stepper):
             parameter.grad = None  # 0 so far, by which moments would decay and weights go on moving
         return loss
 
-    def rehearse(self, batch_size: int) -> None:
-        for name, first in self.examples.first_unit.items():  # type: ignore[attr-defined]
-            longest = np.argsort(-self.turns[name].examples.lengths, kind="stable")[:batch_size]
-            self.gradients(0, np.sort(longest) + first)
-            self.clear()
+    def largest_steps(self, batch_size: int) -> list[np.ndarray]:
+        first = self.examples.first_unit  # type: ignore[attr-defined]
+        return [self.turns[name].largest_steps(batch_size)[0] + first[name] for name in first]
 
 
 def _of_others(model: ManyHeads, number: int) -> list[Tensor]:

@@ -245,19 +245,3 @@ class GraphedGradients:
         finally:
             for gradient, before in zip(self.gradients, kept, strict=True):
                 gradient.copy_(before)
-
-
-@torch.no_grad()
-def average_over_processes(gradients: Sequence[Tensor], processes: int) -> None:
-    """Mean of every gradient over all processes, in few messages. The graphs run on the bare model, so that no
-    communication has to be captured."""
-    if processes < 2:
-        return
-    import torch.distributed as dist
-
-    for dtype in dict.fromkeys(g.dtype for g in gradients):
-        mine = [g for g in gradients if g.dtype == dtype]
-        flat = torch._utils._flatten_dense_tensors(mine)
-        dist.all_reduce(flat)
-        flat /= processes
-        torch._foreach_copy_(mine, list(torch._utils._unflatten_dense_tensors(flat, mine)))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from regraft.engine.config import RunConfig
 from regraft.engine.errors import ConfigError, TrainingError
@@ -21,6 +23,7 @@ from regraft.engine.training.together import check_deepspeed, machines
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 1.0  # a rank that dies takes others with it: wait until it can be told which was first
 GRACE_SECONDS = 5.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -68,6 +71,9 @@ def launch(arguments: Sequence[str], processes: int, command: str = "train") -> 
     """
     port = _free_port()
     ranks: list[Rank] = []
+    # A scheduler that ends a job asks this process alone: without a handler it would leave the ranks training behind.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _told_to_end) if main else None
     try:
         for number in range(processes):
             ranks.append(_start([command, *arguments], number, processes, port))
@@ -81,6 +87,18 @@ def launch(arguments: Sequence[str], processes: int, command: str = "train") -> 
             time.sleep(POLL_SECONDS)
     finally:
         _stop(ranks)
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _told_to_end(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)  # asked again, it still has ranks to stop
+    raise SystemExit(128 + number)
+
+
+def _die_with_parent() -> None:
+    """Run in a rank before its program: let the kernel end it when the process that watches over it is killed outright."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _start(arguments: Sequence[str], number: int, processes: int, port: int) -> Rank:
@@ -101,6 +119,7 @@ def _start(arguments: Sequence[str], number: int, processes: int, port: int) -> 
         env=env,
         stdout=subprocess.DEVNULL if quiet else None,
         stderr=errors if quiet else None,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
     return Rank(number, process, errors)
 
@@ -134,7 +153,7 @@ def _describe(ranks: list[Rank], command: str) -> str:
 
 
 def _culprit(failed: list[tuple[Rank, int]]) -> tuple[Rank, int]:
-    # Killed from outside first, then a refusal with a message, then whatever else: a lost peer makes the others fail.
+    # Killed from outside first, then a refusal with a message, then whatever else: a lost peer makes the others fail (3).
     return min(failed, key=lambda item: (item[1] >= 0, item[1] != 2, item[0].number))
 
 

@@ -67,6 +67,16 @@ def build_optimizer(model: nn.Module, config: TrainingConfig, plus_ratio: float 
     return made(groups, betas=config.betas, eps=config.epsilon)
 
 
+def room_for_moments(optimizer: Any) -> list[Tensor]:
+    """Memory of the size that the moments will take which the optimizer has not made yet: none for those that it keeps on
+    the host, and none under DeepSpeed, which makes its own."""
+    if not isinstance(optimizer, torch.optim.Optimizer) or getattr(optimizer, "is_paged", False):
+        return []
+    weights = [p for group in optimizer.param_groups for p in group["params"] if not optimizer.state.get(p)]
+    dtype = None if isinstance(optimizer, torch.optim.AdamW) else torch.uint8
+    return [torch.ones_like(p, dtype=dtype, requires_grad=False) for p in weights for _ in range(2)]
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * share

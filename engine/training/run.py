@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from regraft.engine.config import RunConfig, config_hash
-from regraft.engine.errors import NotFiniteError, RegraftError, TrainingError
+from regraft.engine.errors import MemoryShortError, NotFiniteError, RegraftError, TrainingError
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
@@ -62,6 +62,10 @@ def train(
     except RegraftError:
         raise
     except Exception as error:
+        from regraft.engine.training.step import out_of_memory
+
+        if out_of_memory(error):
+            raise run.without_memory(error) from error
         if processes() == 1 or not has_lost_others(error):
             raise
         raise who_is_missing(error, config.training.timeout) from error
@@ -78,6 +82,7 @@ class _Run:
     unfreezing: Any = None
     shards: Any = None
     stepper: Any = None
+    state: Any = None
 
     def __init__(
         self,
@@ -94,8 +99,7 @@ class _Run:
             self.prepare()
             self.build()
         self.resume()
-        if self.state.step == 0:
-            self.rehearse_if_tight()
+        self.rehearse_if_tight()
         with ProgressBar("training", self.plan.total_steps, done=self.state.step, shown=self.speaks) as bar:
             self.bar = bar
             while self.state.step < self.plan.total_steps and not self.state.stopped_early:
@@ -112,13 +116,24 @@ class _Run:
     def rehearse_if_tight(self) -> None:
         """Take the largest step first where memory could run out: in the first minute rather than late in an epoch."""
         from regraft.engine.training.setup import could_run_out
+        from regraft.engine.training.sharding import stage_of
 
+        if self.state.step == self.plan.total_steps or (self.state.step and stage_of(self.config)):
+            return  # DeepSpeed had a rehearsal when it took its moments back, and another would make it forget them
         rows = self.config.training.batch_size
         longest = np.sort(self.data.splits["train"].lengths)[-rows:]
         at_once = min(int(longest.sum()), max(self.stepper.token_budget, int(longest[-1])))
         # Each process sees memory of its own, and all of them have to take the step.
         if agreed(could_run_out(at_once, self.running.model, self.precision), "largest"):
             self.stepper.rehearse(rows)
+
+    def without_memory(self, error: Exception) -> MemoryShortError:
+        """Memory ran out where a smaller micro-batch is no help: while loading, in an update, in an evaluation."""
+        from regraft.engine.training.step import LESS_MEMORY
+
+        when = f"in step {self.state.step}" if self.state is not None else "before the first step"
+        told = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        return MemoryShortError(f"out of memory {when} ({told}). Set {LESS_MEMORY}")
 
     def prepare(self) -> None:
         from regraft.engine.training.setup import choose_precision, prepare, set_threads

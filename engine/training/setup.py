@@ -13,6 +13,7 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
 from regraft.engine.machine import cpu_has_bf16
+from regraft.engine.memory import host_memory
 from regraft.engine.methods.settings import VIRTUAL
 from regraft.engine.pretrained import position_limit, source_of
 from regraft.engine.tasks import Task
@@ -195,8 +196,7 @@ def activation_bytes(model: Any, precision: str) -> float:
 
 
 def free_memory() -> int:
-    """Bytes free on the GPU, or on the machine where there is none."""
-    import psutil
+    """Bytes free on the GPU, or, where there is none, what this process may still take of the machine's."""
     import torch
 
-    return int(torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host_memory()

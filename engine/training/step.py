@@ -6,18 +6,19 @@ So the same step is taken in one micro-batch or eight, on one process or two.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from regraft.engine.batches import collate_examples
-from regraft.engine.errors import TrainingError
+from regraft.engine.errors import MemoryShortError
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
-from regraft.engine.training.optimizer import clipped_step, gradient_norm
+from regraft.engine.training.average import average_over_processes
+from regraft.engine.training.optimizer import clipped_step, gradient_norm, room_for_moments
 from regraft.engine.training.order import share_by_tokens
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
     from regraft.engine.training.captured_optimizer import CapturedOptimizer
     from regraft.engine.training.graphed import GraphedGradients
     from regraft.kernels.embedding import RowGradient
+
+# What makes weights, gradients and moments smaller.
+LESS_MEMORY = (
+    "training.optimizer: adamw8bit, training.offload_optimizer: true (on a GPU), method: lora or qlora; `regraft plan` tells "
+    "what each takes"
+)
 
 
 @dataclass(frozen=True)
@@ -108,31 +115,57 @@ class Stepper:
         """The step's gradients, with a smaller token budget from the time on when memory ran out; its loss []."""
         while True:
             try:
-                return self._gradients(step, rows)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                lost = self._gradients(step, rows)
+                break
+            except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                if self.shards is not None:
-                    raise TrainingError(
-                        f"out of memory in step {step} at a token budget of {self.token_budget}. The other processes are in "
-                        "the middle of the same step, for weights are shared out: set training.token_budget to less and "
-                        "start again"
-                    ) from error
-                longest = int(self.examples.lengths[rows].max())
-                if self.token_budget <= longest:
-                    raise
-                self.token_budget = max(longest, self.token_budget // 2)
-                self.clear()
-                if self.graphed is not None:
-                    self.graphed.forget()
-                torch.cuda.empty_cache()
+                self._take_less(step, rows, error)
+            # Out here nothing holds on to the failed pass any more.
+            self.clear()
+            if self.graphed is not None:
+                self.graphed.forget()
+            torch.cuda.empty_cache()
+        processes = self.accelerator.num_processes
+        if self.shards is None:
+            average_over_processes([p.grad for p in self.parameters if p.grad is not None], processes)
+        return self.accelerator.reduce(lost, reduction="mean") if processes > 1 else lost
+
+    def _take_less(self, step: int, rows: np.ndarray, error: Exception) -> None:
+        """Halve the token budget. Raises MemoryShortError where that is of no use."""
+        if self.shards is not None:
+            raise MemoryShortError(
+                f"out of memory in step {step} at a token budget of {self.token_budget}. The other processes are in "
+                "the middle of the same step, for weights are shared out: set training.token_budget to less and "
+                "start again"
+            ) from error
+        longest = int(self.examples.lengths[rows].max())
+        if self.token_budget <= longest:
+            raise MemoryShortError(
+                f"out of memory in step {step} with one sequence at a time, the longest of {longest} tokens. Set "
+                f"training.gradient_checkpointing: true, a smaller model.max_length, or {LESS_MEMORY}"
+            ) from error
+        self.token_budget = max(longest, self.token_budget // 2)
 
     def rehearse(self, batch_size: int) -> None:
         """Forward and backward of the largest step there can be, forgotten again: what would run out of memory late
-        in an epoch does so now. Changes neither weights nor any later random number."""
-        rows = np.argsort(-self.examples.lengths, kind="stable")[:batch_size]
-        self.gradients(0, np.sort(rows))
-        self.clear()
+        in an epoch does so now. Changes neither weights nor any later random number.
+
+        Raises MemoryShortError where not even one sequence at a time fits beside the optimizer's moments."""
+        try:
+            room = room_for_moments(self.optimizer)  # they are made in the first update, and stay
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryShortError(f"out of memory for the optimizer's moments. Set {LESS_MEMORY}") from error
+        for rows in self.largest_steps(batch_size):
+            self.gradients(0, rows)
+            self.clear()
+        del room
+
+    def largest_steps(self, batch_size: int) -> list[np.ndarray]:
+        """Rows of the steps that take the most memory."""
+        return [np.sort(np.argsort(-self.examples.lengths, kind="stable")[:batch_size])]
 
     def clear(self) -> None:
         """Forget all gradients."""
@@ -164,8 +197,9 @@ class Stepper:
         return made(), accelerator.num_processes / total if total > 0 else 0.0
 
     def _gradients(self, step: int, rows: np.ndarray) -> torch.Tensor:
-        """Forward and backward of this process's share; the step's loss [] over all processes."""
-        accelerator = self.accelerator
+        """Forward and backward of this process's share; its part of the step's loss []. It waits for no other process, unless
+        weights are shared out: memory may run out here, and it is done again."""
+        accelerator, model = self.accelerator, without_ddp(self.model)
         ahead, self._ahead = self._ahead, None
         parts: Iterator[MicroBatch]
         if ahead is not None and ahead[0] == (step, self.token_budget):
@@ -181,21 +215,11 @@ class Stepper:
                 lost += self.graphed(part.batch, part.targets, part.weights, factor=factor, seed=part.seed)
             else:
                 weights, targets = part.weights.to(accelerator.device), part.targets.to(accelerator.device)
-                # whole gradients are what shards are there to spare
-                synced = following is None or self.shards is not None
-                sync: Any = nullcontext() if synced else accelerator.no_sync(self.model)
-                with sync:
-                    batch = part.batch.to(accelerator.device)
-                    loss = self.task.batch_loss(self.model(batch), targets, weights, batch.lengths) * factor
-                    self.backward(loss, following is None)
+                batch = part.batch.to(accelerator.device)
+                loss = self.task.batch_loss(model(batch), targets, weights, batch.lengths) * factor
+                self.backward(loss, following is None)
                 lost += loss.detach()
             part = following
-        if self.graphed is not None:
-            from regraft.engine.training.graphed import average_over_processes
-
-            average_over_processes(self.graphed.gradients, accelerator.num_processes)
-        if accelerator.num_processes > 1:
-            lost = accelerator.reduce(lost, reduction="mean")
         return lost
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
@@ -215,9 +239,15 @@ class Stepper:
         return [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
 
 
+def without_ddp(model: Any) -> Any:
+    """The model itself: DistributedDataParallel sends what it has in the middle of a backward pass, and its buffers in a
+    forward, after which no process could begin its step again."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether a device or the host had no memory left; the host's allocator says so in an error of no type of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def step_seed(seed: int, step: int, process: int, part: int) -> int:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from regraft.engine.errors import ConfigError, RegraftError, TrainingError
+from regraft.engine.errors import ConfigError, LostProcessError, RegraftError, TrainingError
 
 ROLL_CALL_SECONDS = 5.0
 STORE_SECONDS = 10.0
@@ -150,7 +150,7 @@ def has_lost_others(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
 
-def who_is_missing(error: BaseException, timeout: float) -> TrainingError:
+def who_is_missing(error: BaseException, timeout: float) -> LostProcessError:
     """After `has_lost_others`: an error that names the processes that do not answer."""
     waited = any(sign in str(error) for sign in ("Timed out", "timed out", "timeout"))
     missing = _missing()
@@ -164,7 +164,7 @@ def who_is_missing(error: BaseException, timeout: float) -> TrainingError:
         why = f"did not come within {timeout:g} seconds (training.timeout): stopped, stuck, or far too slow"
     else:
         why = "is gone; its own message, or the system's, says why"
-    return TrainingError(
+    return LostProcessError(
         f"{who} {why}. Everything up to the last checkpoint is kept, and the same command goes on from there"
     )
 

@@ -10,8 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def start_ranks(arguments: Sequence[object], folders: Sequence[Path], **env: str) -> list[subprocess.Popen[str]]:
-    """`regraft ARGUMENTS` once a folder, each rank with its folder as working directory."""
+def start_ranks(
+    arguments: Sequence[object],
+    folders: Sequence[Path],
+    *,
+    program: Sequence[str] = ("-m", "regraft.engine"),
+    **env: str,
+) -> list[subprocess.Popen[str]]:
+    """`regraft ARGUMENTS` once a folder, each rank with its folder as working directory. `program`: what Python runs."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -23,7 +29,7 @@ def start_ranks(arguments: Sequence[object], folders: Sequence[Path], **env: str
         "ACCELERATE_USE_CPU": "true",
         **env,
     }
-    command = [sys.executable, "-m", "regraft.engine", *map(str, arguments)]
+    command = [sys.executable, *program, *map(str, arguments)]
     return [
         subprocess.Popen(
             command,

@@ -15,7 +15,8 @@ from regraft.engine.fast_gpu import bind_fused
 from regraft.engine.models import RunningModel
 from regraft.engine.packing import pack
 from regraft.engine.training.captured_optimizer import CapturedOptimizer
-from regraft.engine.training.graphed import GraphedGradients, average_over_processes
+from regraft.engine.training.average import average_over_processes
+from regraft.engine.training.graphed import GraphedGradients
 
 folder, store, rank, count, out = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 if count > 1:

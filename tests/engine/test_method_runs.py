@@ -113,6 +113,59 @@ def test_a_quantised_adapter_merges_without_drift_and_a_drift_beyond_the_limit_i
     merge(tmp_path / "r", tmp_path / "m", max_drift=1e-5)
 
 
+@pytest.mark.parametrize("share", ["nan", "-1", "inf", "much"])
+def test_a_share_that_allows_nothing_or_anything_is_refused(share, tmp_path, capsys):
+    from regraft.engine.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["merge", str(tmp_path / "r"), "--to", str(tmp_path / "m"), f"--max-drift={share}"])
+    assert ended.value.code == 2
+    assert "expected a share of 0 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_a_damaged_adapter_folder_is_refused_by_its_file(method, make_config, tmp_path):
+    run(make_config(method=method, training={"epochs": 0.2}), tmp_path / "r")
+    best = tmp_path / "r" / "best"
+    weights, config = best / "adapter_model.safetensors", best / "adapter_config.json"
+    whole, described = weights.read_bytes(), config.read_text()
+
+    def refused(file: Path) -> str:
+        with pytest.raises(ModelError) as error:
+            load_trained(best)
+        assert str(file) in str(error.value)
+        return str(error.value)
+
+    weights.write_bytes(whole[:-100])
+    assert "not a whole safetensors file" in refused(weights)
+    weights.unlink()
+    assert "no such file" in refused(weights)
+    weights.write_bytes(whole)
+    for text in ("{}", "[]", '{"peft_type"', ""):
+        config.write_text(text)
+        refused(config)
+    kind = json.loads(described)["peft_type"]
+    config.write_text(json.dumps({"peft_type": kind}))
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        load_trained(best)
+    config.write_text(described)
+    load_trained(best)
+
+
+def test_an_adapter_that_is_not_finite_is_not_merged(make_config, tmp_path):
+    from safetensors.torch import save_file
+
+    run(make_config(method="lora", training={"epochs": 0.2}), tmp_path / "r")
+    file = tmp_path / "r" / "best" / "adapter_model.safetensors"
+    save_file({k: v.fill_(float("nan")) if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors: .* cannot be merged"):
+        load_trained(tmp_path / "r")
+    for command in (["merge", tmp_path / "r", "--to", tmp_path / "m"], ["predict", tmp_path / "r", "good film"]):
+        done = regraft(*command)
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "m").exists()
+
+
 def test_an_adapter_run_whose_backbone_changed_is_refused(make_config, tiny_model, tmp_path):
     import shutil
 
@@ -188,6 +241,9 @@ def test_the_plan_counts_what_trains_and_writes_nothing(make_config, tmp_path):
     assert found.chosen.trained < other["full"].trained
     assert other["full"].memory.optimizer == 8 * other["full"].trained
     assert other["qlora"].memory.weights < 0.8 * found.chosen.memory.weights
+    assert other.keys() == {"full", "bitfit", "qlora", "int8", "ia3", "adapter", "prompt", "prefix"}
+    assert not [o.note for o in found.others if o.note]
+    assert other["qlora"].total == other["int8"].total == found.chosen.total  # four bits are no half number
     assert found.fits
     done = regraft("plan", path, "--only")
     assert done.returncode == 0, done.stderr

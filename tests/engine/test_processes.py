@@ -162,3 +162,86 @@ def steps_after(folder: Path, step: int, process: subprocess.Popen) -> None:
     while last_step(folder) <= step:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.02)
+
+
+SHORT = """
+import sys, torch
+from regraft.engine.models import RunningModel
+from regraft.engine.training.together import rank
+plain, taken = RunningModel.forward, []
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        raise torch.OutOfMemoryError("no more")
+
+
+def forward(self, batch):
+    logits = plain(self, batch)
+    if not self.training or rank() != 1:
+        return logits
+    taken.append(batch.tokens)
+    fails = {fails}
+    if fails and {where!r} == "forward":
+        raise torch.OutOfMemoryError("no more")
+    return Fails.apply(logits) if fails else logits
+
+
+RunningModel.forward = forward
+from regraft.engine.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_rank_without_memory_takes_its_share_again_and_changes_no_result(where, make_config, tmp_path):
+    path = make_config(**WHOLE, method="lora")
+    train(load_config(path, [f"run={tmp_path / 'one'}"]), quiet=True)
+    script = tmp_path / "short.py"
+    script.write_text(SHORT.replace("{fails}", "batch.tokens > 16").replace("{where!r}", repr(where)))
+    arguments = ["train", path, "--set", f"run={tmp_path / 'two'}", "--set", "training.timeout=60"]
+    for code, errors in ended(start_ranks(arguments, [tmp_path, tmp_path], program=[str(script)])):
+        assert code == 0, errors[-3000:]
+    assert difference(tmp_path / "one", tmp_path / "two") < 1e-6
+
+
+def test_a_rank_whose_memory_holds_not_one_sequence_is_the_one_that_is_named(make_config, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n"
+        "    import regraft.engine.training.step as step, torch\n"
+        "    def none(self, *_):\n        raise torch.OutOfMemoryError('no more')\n"
+        "    step.Stepper._gradients = none\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    done = regraft("train", make_config(**WHOLE), "--processes", "2", timeout=120)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert "rank 1 of 2 ended with code 2: out of memory in step 0 with one sequence at a time" in last, done.stderr
+    assert "gradient_checkpointing" in last and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_no_rank_outlives_the_process_that_started_it(sign, make_config):
+    command = [sys.executable, "-m", "regraft.engine", "train", str(make_config(**WHOLE)), "--processes", "2"]
+    command += ["--set", "training.epochs=100000"]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 60
+        while len(ranks := psutil.Process(parent.pid).children()) < 2:
+            assert parent.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        time.sleep(0.5)  # until they are programs of their own
+        parent.send_signal(sign)
+        parent.wait(30)
+        _, alive = psutil.wait_procs(ranks, timeout=10)
+        assert not alive
+    finally:
+        parent.kill()
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()

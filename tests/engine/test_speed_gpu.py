@@ -92,3 +92,15 @@ def test_its_dropout_is_drawn_in_training_alone_and_a_switched_off_adapter_is_of
                 module.enable_adapters(False)
         plain = running(batch())
     assert not torch.allclose(plain, quiet, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_over_weights_in_four_bits_learns_on_a_gpu(make_config, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from regraft.engine.config import load_config
+    from regraft.engine.training.run import train
+
+    path = make_config(method="qlora", training={"learning_rate": 1e-2, "precision": "auto", "epochs": 8})
+    done = train(load_config(path), quiet=True)
+    assert done.metrics["dev"]["accuracy"] > 0.6
+    assert (tmp_path / "run" / "best" / "adapter_model.safetensors").stat().st_size < 60_000
