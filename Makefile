@@ -77,9 +77,7 @@ tune-gpu: gpu-path
 
 # At most 8 minutes on one H200; the short table comes last.
 bench-gpu: gpu-path
-	$(ON_GPU) bench/kernels_gpu.py
-	$(ON_GPU) bench/train_gpu.py
-	$(ON_GPU) bench/gpu_table.py
+	failed=0; for name in kernels_gpu train_gpu gpu_table; do $(ON_GPU) bench/$$name.py || failed=1; done; exit $$failed
 
 plots: install
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"

@@ -91,11 +91,19 @@ def install(monkeypatch) -> FakeCuda:
             raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
         cuda.allocating.discard(pool)
 
+    class Event:
+        def __init__(self, **_: object) -> None: ...
+
+        def record(self) -> None: ...
+
+        def elapsed_time(self, _: Event) -> float:
+            return 1.0
+
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *s, device=None, **o: zeros(*s, **o))
     fakes = {
         "Stream": new_stream, "stream": stream, "graph": graph, "CUDAGraph": lambda: Graph(cuda),
-        "current_stream": lambda: Stream(cuda, cuda.current), "current_device": lambda: 0, "synchronize": lambda: None,
+        "current_stream": lambda: Stream(cuda, cuda.current), "current_device": lambda: 0, "synchronize": lambda: None, "Event": Event,
         "graph_pool_handle": lambda: (0, 1), "get_rng_state": lambda: cuda.offset,
         "set_rng_state": lambda offset: setattr(cuda, "offset", offset),
     }  # fmt: skip
