@@ -342,6 +342,22 @@ def test_a_module_that_only_looks_like_a_gated_one_stays_as_it_is(monkeypatch):
     assert "forward" not in vars(mlp)
 
 
+def test_a_kernel_that_fails_costs_its_kind_alone_and_the_log_says_which(tiny_model, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise ValueError("head size is 26\nand more")
+
+    monkeypatch.setattr("regraft.engine.fast_gpu.bias_gelu", broken)
+    running = bound(tiny_model, last_layer=False)
+    assert running.bound["bias + GELU"] == 0 and running.bound["dropout + residual + LayerNorm"] == 4
+    assert "bias + GELU stays as it was: ValueError: head size is 26" in caplog.messages
+    running.run_padded("to start anew")
+    assert running.bound == {}
+    running.run_packed()
+    monkeypatch.setattr("regraft.engine.varlen_layout.varlen_attention", broken)
+    assert bind_fused(running) == {} and "layout_of" not in vars(running)
+    assert "attention by cu_seqlens stays as it was: ValueError: head size is 26" in caplog.messages
+
+
 def test_a_checkpointed_model_is_left_alone_for_its_layers_run_twice(tiny_model):
     running = bound(tiny_model, last_layer=False)
     running.run_padded("to start anew")
