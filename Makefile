@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 RUN := env -u PYTHONPATH $(BIN)
 DEEPSPEED := build/deepspeed
 
-.PHONY: install demo test lint soak bench-quick plots gpu-path test-gpu bench-gpu tune-gpu clean
+.PHONY: install demo test lint soak bench-quick plots gpu-path gpu-wheels test-gpu bench-gpu tune-gpu clean
 
 install: $(VENV)/.installed
 
@@ -45,9 +45,19 @@ soak: install
 bench-quick: install
 	for name in train_cpu onnx_cpu startup; do $(RUN)/python bench/$$name.py --quick || exit 1; done
 
-# On a GPU machine nothing is installed: torch, triton, transformers, accelerate, peft and pytest of $(PYTHON) do.
+# On a GPU machine nothing is installed: torch, triton, transformers, accelerate and peft of $(PYTHON) do for the
+# measurements. Tests of whole runs also take pytest, scikit-learn, scipy and pyarrow, and pydantic with its needs. Where
+# there is no pydantic and no network, `make gpu-wheels` puts it into build/gpu/packages beforehand, to be taken along.
 GPU_PATH := build/gpu
-ON_GPU := PYTHONPATH=$(GPU_PATH) TRITON_INTERPRET=0 $(PYTHON)
+GPU_PACKAGES := pydantic pydantic_core annotated-types typing-inspection
+GPU_PYTHON := 3.12
+ON_GPU := PYTHONPATH=$(GPU_PATH):$(GPU_PATH)/packages TRITON_INTERPRET=0 $(PYTHON)
+
+gpu-wheels: install
+	rm -rf $(GPU_PATH)/packages
+	$(BIN)/pip install -q --no-deps --no-compile --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+	  --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 --target $(GPU_PATH)/packages \
+	  $(foreach name,$(GPU_PACKAGES),$$(grep '^$(name)==' constraints.txt))
 
 gpu-path:
 	mkdir -p $(GPU_PATH)/regraft
@@ -56,6 +66,7 @@ gpu-path:
 # The kernels' tests compiled instead of interpreted, then a few of them watched for bad memory accesses.
 test-gpu: gpu-path
 	$(ON_GPU) -c "import torch; assert torch.cuda.is_available(), 'no CUDA device'"
+	$(ON_GPU) -c "import pydantic" || { echo "run 'make gpu-wheels' where there is a network; take $(GPU_PATH)/packages along"; exit 1; }
 	$(ON_GPU) -m pytest tests/kernels tests/engine/test_gpu_step.py tests/engine/test_captured_optimizer.py tests/engine/test_ways.py tests/engine/test_gpu_sharding.py tests/engine/test_speed_gpu.py
 	if command -v compute-sanitizer >/dev/null; then $(ON_GPU:$(PYTHON)=) compute-sanitizer --error-exitcode 1 \
 	  $(PYTHON) -m pytest tests/kernels -k "same_bits and triton"; else echo "compute-sanitizer is not installed"; fi
@@ -66,9 +77,7 @@ tune-gpu: gpu-path
 
 # At most 8 minutes on one H200; the short table comes last.
 bench-gpu: gpu-path
-	$(ON_GPU) bench/kernels_gpu.py
-	$(ON_GPU) bench/train_gpu.py
-	$(ON_GPU) bench/gpu_table.py
+	failed=0; for name in kernels_gpu train_gpu gpu_table; do $(ON_GPU) bench/$$name.py || failed=1; done; exit $$failed
 
 plots: install
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"

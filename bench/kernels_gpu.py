@@ -1,7 +1,9 @@
 """Every kernel forward and backward on a GPU, beside eager torch, torch.compile, aten's attention and Liger.
 
-Milliseconds (median, 20 and 80 percent), bytes or FLOPs a second, and their share of the copy rate or the matrix rate
-measured in the same run. Needs torch and Triton; Liger where it is installed. `--device cpu` only shows that it runs.
+Milliseconds (median, 20 and 80 percent; `gpu_timing`), bytes or FLOPs a second, and their share of the copy rate or the
+matrix rate measured in the same run. torch.compile comes last, for it takes seconds a case: everything else is measured
+by then, and what there was no time for is named. The result is written after every case. Needs torch and Triton; Liger
+where it is installed. `--device cpu` only shows that it runs.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ import argparse
 import datetime
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,11 @@ import torch
 from torch import Tensor
 
 import machine
+from gpu_timing import copies_for, own_stream, timed
 from kernels_adapters import adapter_cases
 from kernels_heads import head_cases
 
 RESULT = Path(__file__).resolve().parent / "results" / "kernels_gpu.json"
-QUANTILES = (0.5, 0.2, 0.8)
-COMPILE_SECONDS = 45.0  # torch.compile gets this long in all; later cases go without it, and the result says so
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. `rate`: bytes or FLOPs a second; `share`: of the ceiling of its unit."""
+    """One measurement. `rate`: bytes or FLOPs a second; `share`: of the ceiling of its unit; `timer`: see `Timing`."""
 
     name: str
     shape: str
@@ -58,13 +59,14 @@ class Row:
     rate: float
     unit: str
     share: float
+    timer: str = ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="names of kernels that contain this")
-    parser.add_argument("--seconds", type=float, default=110.0, help="start no further case after this (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=140.0, help="start no further case after this (%(default)s)")
     parser.add_argument(
         "--hand-over",
         action="store_true",
@@ -79,49 +81,68 @@ def main() -> None:
     if options.hand_over:
         measure_hand_over(options)
         return
+    out = options.out or (RESULT if options.device != "cpu" and not options.only else None)
+    rows, skipped = measure_cases(options, out)
+    for line in table(rows):
+        print(line)
+    for line in skipped:
+        print(f"not measured: {line}")
+    if not rows:
+        sys.exit("nothing was measured")
+
+
+def measure_cases(options: argparse.Namespace, out: Path | None) -> tuple[list[Row], list[str]]:
+    """The rows, and what was not measured with the reason; all that there is goes to `out` after every case."""
     began = time.perf_counter()
     ceilings = measure_ceilings(options.device)
     print(f"copy {ceilings['bytes'] / 1e12:.2f} TB/s, bf16 product {ceilings['FLOPs'] / 1e12:.0f} TFLOP/s", flush=True)
     rows: list[Row] = []
     skipped: list[str] = []
-    compiling = 0.0
-    for case in cases(options.device):
-        if options.only not in case.name:
-            continue
-        if time.perf_counter() - began > options.seconds:
-            skipped.append(f"{case.name} {case.shape}")
-            continue
-        for who, form in case.forms.items():
-            if who == "compile" and (compiling > COMPILE_SECONDS or options.device == "cpu"):
-                skipped.append(f"{case.name} {case.shape} compile")
-                continue
-            started = time.perf_counter()
+    result = {
+        "name": "kernels_gpu",
+        "command": "python bench/kernels_gpu.py",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine.facts(),
+        "versions": {"torch": torch.__version__, "triton": triton_version()},
+        "ceilings": ceilings,
+    }
+    for compiled in (False, True):
+        for make in cases(options.device):
+            name = " ".join([make.func.__name__, *(str(x) for x in make.args if isinstance(x, int))])
             try:
-                found = measure(case, who, form, ceilings, options.device)
-            except Exception as error:  # a contestant that cannot run costs nobody else's figures
-                skipped.append(f"{case.name} {case.shape} {who}: {type(error).__name__}: {str(error)[:120]}")
-                continue
-            finally:
-                compiling += (time.perf_counter() - started) if who == "compile" else 0.0
-            rows += found
-    for line in table(rows):
-        print(line)
-    for line in skipped:
-        print(f"not measured: {line}")
-    out = options.out or (RESULT if options.device != "cpu" and not options.only else None)
-    if out is not None:
-        result = {
-            "name": "kernels_gpu",
-            "command": "python bench/kernels_gpu.py",
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": machine.facts(),
-            "versions": {"torch": torch.__version__, "triton": triton_version()},
-            "ceilings": ceilings,
-            "rows": [asdict(row) for row in rows],
-            "not measured": skipped,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                case = make()
+                name = f"{case.name} {case.shape}"
+                if options.only in case.name:
+                    late = time.perf_counter() - began > options.seconds
+                    measure_case(case, compiled, late, ceilings, options.device, rows, skipped)
+            except Exception as error:  # a case that fails costs no other one's figures
+                skipped.append(f"{name}: {told(error)}")
+            if out is not None:
+                whole = {**result, "rows": [asdict(row) for row in rows], "not measured": skipped}
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    return rows, skipped
+
+
+def measure_case(
+    case: Case, compiled: bool, late: bool, ceilings: dict[str, float], device: str, rows: list[Row], skipped: list[str]
+) -> None:
+    """Add the case's rows, of torch.compile or of all others; each contestant's failure is its own."""
+    for who, form in case.forms.items():
+        if (who == "compile") != compiled:
+            continue
+        if late or (compiled and device == "cpu"):
+            skipped.append(f"{case.name} {case.shape} {who}: {'no time left' if late else 'on cpu'}")
+            continue
+        try:
+            rows += measure(case, who, form, ceilings, device)
+        except Exception as error:
+            skipped.append(f"{case.name} {case.shape} {who}: {told(error)}")
+
+
+def told(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 def triton_version() -> str | None:
@@ -132,35 +153,15 @@ def triton_version() -> str | None:
     return triton.__version__
 
 
-def timed(run: Callable[[], object], device: str, clear: Sequence[Tensor] = ()) -> tuple[float, float, float]:
-    """Median, 20 and 80 percent of the milliseconds of `run`; replayed as a CUDA graph, so that no launch from Python is
-    in it (nor is the L2 cache cleared), where it can be captured."""
-    if device != "cpu":
-        from triton.testing import do_bench, do_bench_cudagraph
-
-        try:
-            return tuple(do_bench_cudagraph(run, rep=40, quantiles=QUANTILES, grad_to_none=list(clear)))  # type: ignore[return-value]
-        except Exception:
-            torch.cuda.synchronize()
-        return tuple(do_bench(run, warmup=10, rep=60, quantiles=QUANTILES, grad_to_none=list(clear)))  # type: ignore[return-value]
-    found = []
-    for _ in range(3):
-        for x in clear:
-            x.grad = None
-        began = time.perf_counter()
-        run()
-        found.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(found), min(found), max(found)
-
-
 def measure_ceilings(device: str) -> dict[str, float]:
     """Bytes a second of a large copy, read and written counted; FLOPs a second of an 8192-cube bf16 product."""
     size, side = (1 << 30, 8192) if device != "cpu" else (1 << 22, 128)
-    source = torch.empty(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = timed(lambda: target.copy_(source), device)[0]
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = timed(lambda: a @ b, device)[0]
+    with own_stream(device) as stream:
+        source = torch.empty(size, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        copied = timed([lambda: target.copy_(source)], device, stream).median
+        a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+        product = timed([lambda: a @ b], device, stream).median
     return {"bytes": 2 * size / copied * 1e3, "FLOPs": 2 * side**3 / product * 1e3}
 
 
@@ -168,34 +169,59 @@ def measure(case: Case, who: str, form: Callable, ceilings: dict[str, float], de
     from regraft.kernels.choice import forced
 
     setting = {"regraft": "triton" if device != "cpu" else "reference", "regraft as chosen": "auto"}.get(who, "auto")
-    with forced(setting):
-        out = form(*case.inputs)
-        upstream = torch.randn_like(out)
-        leaves = [x for x in case.inputs if x.requires_grad]
+    inputs_take = sum(x.numel() * x.element_size() for x in case.inputs)
+    copies = copies_for(case.forward_work if case.unit == "bytes" else inputs_take, device)
+    if who == "compile":
+        form = compiled_for_this_shape(form)
+    found = []
+    with forced(setting), own_stream(device) as stream:
+        sets = [case.inputs, *([copied(x) for x in case.inputs] for _ in range(copies - 1))]
         with torch.no_grad():
-            forward = timed(lambda: form(*case.inputs), device)
-        found = [("forward", forward, case.forward_work)]
-        if leaves:
-            backward = timed(lambda: out.backward(upstream, retain_graph=True), device, leaves)
-            found.append(("backward", backward, case.backward_work))
+            forward = timed([partial(form, *inputs) for inputs in sets], device, stream)
+        found.append(("forward", forward, case.forward_work))
+        if any(x.requires_grad for x in case.inputs):
+            backwards = [backward_of(form, inputs) for inputs in sets]
+            found.append(("backward", timed(backwards, device, stream), case.backward_work))
     rows = []
-    for direction, ms, work in found:
-        rate = work / ms[0] * 1e3
-        rows.append(Row(case.name, case.shape, direction, who, *ms, rate, case.unit, rate / ceilings[case.unit]))
+    for direction, t, work in found:
+        rate = work / t.median * 1e3
+        share = rate / ceilings[case.unit]
+        times = (t.median, t.low, t.high)
+        rows.append(Row(case.name, case.shape, direction, who, *times, rate, case.unit, share, t.timer))
     return rows
 
 
-def cases(device: str) -> Iterator[Case]:
-    """BERT-base and -large shapes; on CPU one tiny shape of each."""
+def compiled_for_this_shape(form: Callable) -> Callable:
+    """By torch.compile for the very shape: what it compiled for another would make it try one kernel for all shapes."""
+    torch._dynamo.reset()
+    # Our backward keeps its graph for the next call, which buffers that it may overwrite forbid.
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(form, dynamic=False)
+
+
+def copied(x: Tensor) -> Tensor:
+    return x.detach().clone().requires_grad_(x.requires_grad)
+
+
+def backward_of(form: Callable, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    """Forward once, and a function that goes backward from there."""
+    out = form(*inputs)
+    upstream = torch.randn_like(out)
+    leaves = [x for x in inputs if x.requires_grad]
+    return lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)
+
+
+def cases(device: str) -> Iterator[partial[Case]]:
+    """BERT-base and -large shapes, each made when it is called; on CPU one tiny shape of each."""
     shapes = [(16384, 768), (16384, 1024), (4096, 768)] if device != "cpu" else [(8, 64)]
     for tokens, width in shapes:
-        yield norm_case(tokens, width, device)
-        yield gelu_case(tokens, 4 * width, device)
-        yield embedding_case(tokens, width, device)
+        yield partial(norm_case, tokens, width, device)
+        yield partial(gelu_case, tokens, 4 * width, device)
+        yield partial(embedding_case, tokens, width, device)
     sizes = [(64, 512, 32), (64, 128, 128), (128, 512, 32), (64, 64, 256)] if device != "cpu" else [(32, 16, 2)]
     for p in (0.0, 0.1):
         for size, length, sequences in sizes:
-            yield attention_case(size, length, sequences, p, device)
+            yield partial(attention_case, size, length, sequences, p, device)
 
     yield from head_cases(device, Case, leaf)
     yield from adapter_cases(device, Case, leaf)
@@ -213,7 +239,7 @@ def norm_case(tokens: int, width: int, device: str) -> Case:
     ours = lambda x, r, w, b: dropout_add_layer_norm(x, r, w, b, p=0.1, seed=seed)  # noqa: E731
     functional = torch.nn.functional
     eager = lambda x, r, w, b: functional.layer_norm(functional.dropout(x, 0.1) + r, (width,), w, b, 1e-12)  # noqa: E731
-    forms = {"regraft": ours, "eager": eager, "compile": torch.compile(eager)}
+    forms = {"regraft": ours, "eager": eager, "compile": eager}
     try:
         from liger_kernel.transformers.functional import liger_layer_norm
 
@@ -230,7 +256,7 @@ def gelu_case(tokens: int, width: int, device: str) -> Case:
     from regraft.kernels.gelu import bias_gelu
 
     eager = lambda x, b: torch.nn.functional.gelu(x + b)  # noqa: E731
-    forms = {"regraft": bias_gelu, "eager": eager, "compile": torch.compile(eager)}
+    forms = {"regraft": bias_gelu, "eager": eager, "compile": eager}
     moved = tokens * width * 2
     inputs = [leaf(tokens, width, device=device), leaf(width, device=device)]
     return Case("bias + GELU", f"{tokens} x {width}", inputs, forms, 2 * moved, 3 * moved)
@@ -248,7 +274,7 @@ def embedding_case(tokens: int, width: int, device: str) -> Case:
     moved = tokens * width * 2
     # backward: dy, the rows again, one fp32 value written and read twice, and the tables' gradients written
     work = 4 * moved + 3 * tokens * width * 4 + (words + 512) * width * 4
-    forms = {"regraft": ours, "eager": eager, "compile": torch.compile(eager)}
+    forms = {"regraft": ours, "eager": eager, "compile": eager}
     return Case("embeddings + LayerNorm", f"{tokens} x {width}", inputs, forms, 4 * moved, work)
 
 
@@ -311,7 +337,10 @@ def measure_hand_over(options: argparse.Namespace) -> None:
         about[case.shape] = case.keys
         for who in ("regraft", "aten"):
             if who in case.forms:
-                rows += measure(case, who, case.forms[who], ceilings, options.device)
+                try:
+                    rows += measure(case, who, case.forms[who], ceilings, options.device)
+                except Exception as error:  # without an entry a shape goes to torch's own
+                    print(f"not measured: {case.shape} {who}: {told(error)}", flush=True)
     for line in table(rows):
         print(line)
     found = entries(rows, about)
@@ -319,9 +348,9 @@ def measure_hand_over(options: argparse.Namespace) -> None:
         print("nothing is kept of a CPU: torch has no such attention there")
         return
     major, minor = torch.cuda.get_device_capability()
-    told = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton_version()}
-    told["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    write_table(options.out or TABLE, 10 * major + minor, found, told)
+    about_gpu = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton_version()}
+    about_gpu["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    write_table(options.out or TABLE, 10 * major + minor, found, about_gpu)
     own = sum(who == "own" for who in found.values())
     print(f"{own} of {len(found)} shapes go to our own kernel: {options.out or TABLE}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
 
 PROOF_TOLERANCE = 1e-4
+_log = logging.getLogger("regraft.kernels")
 Kinds = dict[str, tuple[Callable[[Any], bool], Callable[..., Any]]]
 
 
@@ -26,15 +28,24 @@ def bind_kinds(running: RunningModel, kinds: Kinds) -> dict[str, int]:
             before = logits_of_small(running, batch)
         for module in found:
             module.forward = forward.__get__(module)
-        try:
-            kept = not found or same(logits_of_small(running, batch), before)
-        except Exception:  # a module of like parts that is called in another way
-            kept = False
+        kept = not found or stays_same(running, batch, before, name)
         if not kept:
             for module in found:
                 del module.forward
         bound[name] = len(found) if kept else 0
     return bound
+
+
+def stays_same(running: RunningModel, batch: Any, before: Any, what: str) -> bool:
+    """Whether the model gives the logits `before` with `what` bound; the log says why not."""
+    try:
+        if same(logits_of_small(running, batch), before):
+            return True
+        _log.warning("%s stays as it was: the logits are others with it", what)
+    except Exception as error:  # a module of like parts that is called in another way, a kernel that cannot run
+        text = str(error).strip().splitlines()
+        _log.warning("%s stays as it was: %s: %s", what, type(error).__name__, text[0][:160] if text else "")
+    return False
 
 
 def same(found: Any, wanted: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.binding import bind_kinds, logits_of_small, same, small_batch
+from regraft.engine.binding import bind_kinds, logits_of_small, small_batch, stays_same
 from regraft.engine.half_weights import half_linear, in_force
 from regraft.kernels.dropout import dropout
 from regraft.kernels.embedding import RowGradient, row_embedding
@@ -132,10 +132,7 @@ def bind_last_layer(running: RunningModel) -> bool:
     for handle in handles:
         handle.remove()
     layer.forward = _first_rows_forward.__get__(layer)
-    try:
-        kept = same(logits_of_small(running, batch), before)
-    except Exception:
-        kept = False
+    kept = stays_same(running, batch, before, "the last layer for first rows alone")
     if not kept:
         del layer.forward
         running._install()

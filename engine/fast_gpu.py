@@ -18,8 +18,8 @@ from regraft.engine.binding import (
     is_intermediate,
     is_output,
     logits_of_small,
-    same,
     small_batch,
+    stays_same,
 )
 from regraft.engine.fast import is_rotary_attention, rotary_forward
 from regraft.engine.varlen_layout import VarlenLayout
@@ -40,10 +40,11 @@ def bind_fused(running: RunningModel) -> dict[str, int]:
     batch = small_batch(running)
     before = logits_of_small(running, batch)
     running.layout_of = VarlenLayout.of  # type: ignore[method-assign]
-    if not same(logits_of_small(running, batch), before):
+    if not stays_same(running, batch, before, "attention by cu_seqlens"):
         del running.layout_of
         return {}
-    return bind_kinds(running, KINDS)
+    running.bound = bind_kinds(running, KINDS)
+    return running.bound
 
 
 def _computing_dtype(x: Tensor) -> torch.dtype:

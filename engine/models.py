@@ -99,6 +99,7 @@ class RunningModel(nn.Module):
         self.runs_in_step = False  # with other processes, batch for batch, as weights that are shared out want it
         self.packed = False
         self.reason = ""
+        self.bound: dict[str, int] = {}  # fused modules of each kind, where they are bound
         self.output_scale: OutputScale | None = None
         self.vocabulary_head: VocabularyHead | None = None
         self.virtual = virtual_tokens(model)
@@ -196,6 +197,7 @@ class RunningModel(nn.Module):
             if "forward" in vars(module):
                 del module.forward  # what `use_kernels` bound
         vars(self).pop("layout_of", None)
+        self.bound = {}
         self.vocabulary_head = None
         if self.model.config._attn_implementation == ATTENTION:
             self.model.set_attn_implementation(self._padded_attention)

@@ -307,7 +307,8 @@ def _expect_options(dropout_p: float, window: int | None) -> None:
 
 
 def _flash_attention(qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor | None:
-    if not qkv.is_cuda or qkv.dtype not in (torch.float16, torch.bfloat16) or qkv.shape[-1] > 256:
+    takes = qkv.dtype in (torch.float16, torch.bfloat16) and qkv.shape[-1] <= 256 and qkv.shape[-1] % 8 == 0
+    if not qkv.is_cuda or not takes:
         return None
     q, k, v = qkv.unbind(1)
     longest = layout.longest

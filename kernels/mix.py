@@ -229,7 +229,7 @@ def _mix_backward_kernel(
         out = dx_ptr + row[:, None] * H + column[None, :]
         mean_dy = tl.sum(dy, 1) / H
         for j in range(layers):
-            x = load_as(at + j * layer_stride, inside, ACC)
+            x = load_as(at, inside, ACC)
             slope = dy
             if NORMALISE:
                 x = tl.where(inside, x - (tl.sum(x, 1) / H)[:, None], 0.0)
@@ -240,7 +240,9 @@ def _mix_backward_kernel(
             if INTO_LAYERS:
                 if NORMALISE:
                     slope = (dy - x * (along / H)[:, None] - mean_dy[:, None]) * rstd[:, None]
-                store(out + j * rows.to(tl.int64) * H, slope * tl.load(c_ptr + j), inside)
+                store(out, slope * tl.load(c_ptr + j), inside)
+                out += tl.cast(rows, tl.int64) * H
+            at += layer_stride
     tl.store(partial_ptr + program * LAYERS + number, sums)
 
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +78,43 @@ def one_each(cases: Sequence[Shipped]) -> list[Shipped]:
     return list(first.values())
 
 
+def with_ones(case: Shipped) -> list[Shipped]:
+    """The configuration with each of its integers at 1, which Triton then takes for a constant, and with all of them."""
+    integers = [name for name, kind in case.signature.items() if kind in ("i32", "i64")]
+    found = []
+    for names in dict.fromkeys([*((name,) for name in integers), tuple(integers)]):
+        signature = {n: "constexpr" if n in names else kind for n, kind in case.signature.items()}
+        constants = {**case.constants, **dict.fromkeys(names, 1)}
+        named = f"{case.name}, {', '.join(names)} 1"
+        found += [replace(case, name=named, signature=signature, constants=constants)] if names else []
+    return found
+
+
+def parse_for(case: Shipped, target: int) -> None:
+    """Take the configuration through Triton's front end alone, which finds what its arguments cannot be used for.
+
+    Raises what that raises, and RuntimeError under TRITON_INTERPRET."""
+    from triton._C.libtriton import ir
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    source = _source(case)
+    machine = GPUTarget("cuda", target, 32)
+    backend = make_backend(machine)
+    options = backend.parse_options({"num_warps": case.num_warps, "num_stages": case.num_stages})
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    codegen = backend.get_codegen_implementation(options)
+    source.make_ir(machine, options, codegen, backend.get_module_map(), context)
+
+
 def compile_for(case: Shipped, target: int) -> Compiled:
     """Compile for sm_`target` and read the machine code. Raises RuntimeError under TRITON_INTERPRET."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from regraft.kernels.lang import IS_INTERPRETED
-
-    if IS_INTERPRETED:
-        raise RuntimeError("compile in a process without TRITON_INTERPRET")
-    names = list(case.signature)
-    missing = [n for n, kind in case.signature.items() if (kind == "constexpr") != (n in case.constants)]
-    if missing or names != list(case.kernel.arg_names):
-        raise ValueError(f"{case.name}: signature {names} and constants do not fit {case.kernel.arg_names} ({missing})")
-    aligned = [i for i, n in enumerate(names) if case.signature[n].startswith("*") or n in case.aligned]
-    source = ASTSource(
-        case.kernel,
-        signature=dict(case.signature),
-        constexprs={(names.index(n),): value for n, value in case.constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
+    source = _source(case)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     usage, code = _disassemble(built.asm["cubin"])
@@ -112,6 +128,26 @@ def compile_for(case: Shipped, target: int) -> Compiled:
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         loads_128=len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*128\b", code)),
         num_warps=case.num_warps,
+    )
+
+
+def _source(case: Shipped) -> Any:
+    from triton.compiler import ASTSource
+
+    from regraft.kernels.lang import IS_INTERPRETED
+
+    if IS_INTERPRETED:
+        raise RuntimeError("compile in a process without TRITON_INTERPRET")
+    names = list(case.signature)
+    missing = [n for n, kind in case.signature.items() if (kind == "constexpr") != (n in case.constants)]
+    if missing or names != list(case.kernel.arg_names):
+        raise ValueError(f"{case.name}: signature {names} and constants do not fit {case.kernel.arg_names} ({missing})")
+    aligned = [n for n in names if case.signature[n].startswith("*") or n in case.aligned]
+    return ASTSource(
+        case.kernel,
+        signature=dict(case.signature),
+        constexprs={(names.index(n),): value for n, value in case.constants.items()},
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in case.constants},
     )
 
 

@@ -13,7 +13,9 @@ On a GPU one of two implementations runs: the kernels of `varlen_triton`, or tor
 
 from __future__ import annotations
 
+import logging
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,8 +30,10 @@ from regraft.kernels.philox import keep_mask, resolve_seed, threshold_of
 from regraft.kernels.rotary import rotate
 from regraft.kernels.varlen_triton import KERNELS, blocks_for, widths
 
-HEAD_SIZES = (32, 64, 96, 128)
+HEAD_SIZES = (32, 64, 96, 128)  # whose speed is measured
+LARGEST_HEAD = 128  # of the Triton kernels; 256 of torch's own
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
+_log = logging.getLogger("regraft.kernels")
 
 
 def varlen_attention(
@@ -47,7 +51,7 @@ def varlen_attention(
 ) -> Tensor:
     """Attention of every token to the tokens of its own sequence at most `window` positions away.
 
-    Shape: qkv [T, 3, H, D], D 32, 64, 96 or 128 for Triton, cu_seqlens [B + 1] int32 (equal neighbours: an empty
+    Shape: qkv [T, 3, H, D] (a larger D than 128 runs as plain torch), cu_seqlens [B + 1] int32 (equal neighbours: an empty
     sequence; the last must be T, which is not read from the device), cos, sin [T, D // 2] -> [T, H, D].
     `max_seqlen`: no sequence is longer. Differentiable in qkv. Raises ValueError or TypeError, naming the argument.
     """
@@ -69,8 +73,6 @@ def varlen_attention(
     scale = size**-0.5 if scale is None else scale
     if hands_over(qkv, max_seqlen, p):
         return _flash(qkv, cu_seqlens, max_seqlen, scale, p, window, cos, sin)
-    if use_triton(qkv) and size not in HEAD_SIZES and not IS_INTERPRETED:
-        raise ValueError(f"qkv: head size is {size}, expected one of {', '.join(map(str, HEAD_SIZES))}")
     seed = resolve_seed(seed, p, qkv.device)
     side = -1 if window is None or window >= max_seqlen - 1 else window
     return _forward(qkv, cu_seqlens, max_seqlen, scale, side, cos, sin, seed, p, site)[0]
@@ -116,13 +118,31 @@ def first_rows_attention(
 def hands_over(qkv: Tensor, max_seqlen: int, p: float) -> bool:
     """Whether torch's flash attention takes this call: fp16 or bf16 on a GPU, and faster by the measured table.
 
-    Where the table has no entry: yes, it is known to be good, and takes any head size up to 256. REGRAFT_KERNELS=triton
-    keeps the call here. Its dropout comes from torch's generator, not from the seed.
+    Where the table has no entry: yes, it is known to be good, and takes head sizes up to 256 that are multiples of 8.
+    REGRAFT_KERNELS=triton keeps the call here. Its dropout comes from torch's generator, not from the seed.
     """
-    if qkv.device.type != "cuda" or qkv.dtype not in FLASH_DTYPES or choice() != "auto" or qkv.shape[-1] > 256:
+    size = qkv.shape[-1]
+    if qkv.device.type != "cuda" or qkv.dtype not in FLASH_DTYPES or choice() != "auto" or size > 256 or size % 8:
         return False
     major, minor = torch.cuda.get_device_capability(qkv.device)
-    return (major, minor) >= (8, 0) and faster(10 * major + minor, qkv.shape[-1], max_seqlen, p > 0) == "aten"
+    return (major, minor) >= (8, 0) and faster(10 * major + minor, size, max_seqlen, p > 0) == "aten"
+
+
+def _in_triton(qkv: Tensor) -> bool:
+    size = qkv.shape[-1]
+    if not use_triton(qkv):
+        return False
+    if size > LARGEST_HEAD and not IS_INTERPRETED:
+        if choice() == "triton":
+            raise ValueError(f"qkv: head size is {size}, expected at most {LARGEST_HEAD} where Triton is forced")
+        _say_too_large(size)
+        return False
+    return True
+
+
+@lru_cache
+def _say_too_large(size: int) -> None:
+    _log.warning("attention runs as plain torch: its head size is %d, Triton's takes at most %d", size, LARGEST_HEAD)
 
 
 def _flash(
@@ -212,7 +232,7 @@ def _forward(
     tokens, _, heads, size = qkv.shape
     out = qkv.new_empty(tokens, heads, size)
     lse = qkv.new_empty(heads, tokens, dtype=torch.float64 if qkv.dtype == torch.float64 else torch.float32)
-    if use_triton(qkv):
+    if _in_triton(qkv):
         shared = (qkv, cu_seqlens, cos, sin, seed)
         _launch("forward", (*shared, out, lse), shared, max_seqlen, scale, side, p, site)
         return out, lse
@@ -263,7 +283,7 @@ def _backward(
 ) -> Tensor:
     """Gradient of qkv [T, 3, H, D]."""
     dqkv = torch.empty_like(qkv)
-    if use_triton(qkv):
+    if _in_triton(qkv):
         delta = torch.empty_like(lse)
         shared = (qkv, cu_seqlens, cos, sin, seed)
         rest = (shared, max_seqlen, scale, side, p, site)

@@ -35,7 +35,12 @@ class Blocks:
 def blocks_for(head_size: int, longest: int, itemsize: int, part: str, target: int, drop: bool, rotary: bool) -> Blocks:
     """Block of `part` ('forward', 'queries', 'keys') for sequences of at most `longest` tokens on sm_`target`."""
     if itemsize > 2:
-        return Blocks(64, 64, 4, 1) if IS_INTERPRETED else Blocks(32, 32, 4, 2)
+        if IS_INTERPRETED:
+            return Blocks(64, 64, 4, 1)
+        # no tensor cores: a thread sums whole products in registers, which larger blocks would spill
+        if part == "keys" and target < 90:
+            return Blocks(16, 16, 4, 2)
+        return Blocks(16, 32, 8, 2) if head_size > 64 or part == "keys" else Blocks(32, 32, 4, 2)
     if longest <= 32:
         return Blocks(32, 32, 4, 2)
     if IS_INTERPRETED:
@@ -344,21 +349,29 @@ KERNELS = {"forward": forward_kernel, "queries": backward_queries_kernel, "keys"
 
 
 def widths(head_size: int, rotary: bool) -> tuple[int, int]:
-    """Columns that a block of values takes, and a block (rotary: half a block) of queries or keys."""
-    return next_power_of_2(head_size), next_power_of_2(head_size // 2 if rotary else head_size)
+    """Columns that a block of values takes, and a block (rotary: half a block) of queries or keys; a product takes 16."""
+    half = head_size // 2 if rotary else head_size
+    return max(16, next_power_of_2(head_size)), max(16, next_power_of_2(half))
 
 
 def shipped() -> list[Shipped]:
-    """Head sizes 32, 64, 96, 128 in bf16 for long and short sequences, with dropout; window and rotary at 64."""
-    cases = [("64 short", 64, 60, True, False)]
-    cases += [(f"{size} long", size, 512, True, False) for size in (32, 64, 96, 128)]
-    cases += [("64 long no dropout", 64, 512, False, False), ("64 window rotary", 64, 1024, False, True)]
-    pointers = {"dout_ptr": "*bf16", "out_ptr": "*bf16", "qkv_ptr": "*bf16", "cu_ptr": "*i32", "cos_ptr": "*bf16"}
-    pointers |= {"sin_ptr": "*bf16", "seed_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "dqkv_ptr": "*bf16"}
+    """Head sizes 32, 64, 96, 128 in bf16 for long and short sequences, with dropout; window and rotary at 64. In fp32, in
+    which what is bound on a model is proven: head sizes 64 and 128, and 26, which is no power of 2."""
+    cases: list[tuple] = [("64 short", "bf16", 64, 60, True, False)]
+    cases += [(f"{size} long", "bf16", size, 512, True, False) for size in (32, 64, 96, 128)]
+    cases += [
+        ("64 long no dropout", "bf16", 64, 512, False, False),
+        ("64 window rotary", "bf16", 64, 1024, False, True),
+    ]
+    cases += [(f"{size} fp32", "fp32", size, 512, size == 64, False) for size in (26, 64, 128)]
+    cases += [("64 window rotary fp32", "fp32", 64, 512, False, True)]
     numbers = {"blocks": "i32", "tokens": "i32", "window": "i32", "factor": "fp32", "scale": "fp32"}
     numbers |= {"drop_scale": "fp32", "threshold": "i32", "site": "i32"}
     found = []
-    for name, size, longest, drop, rotary in cases:
+    for name, kind, size, longest, drop, rotary in cases:
+        values = ("dout_ptr", "out_ptr", "qkv_ptr", "dqkv_ptr", "cos_ptr", "sin_ptr")
+        pointers = dict.fromkeys(values, f"*{kind}") | {"cu_ptr": "*i32", "seed_ptr": "*i64"}
+        pointers |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
         width, part = widths(size, rotary)
         flags: dict[str, Any] = {
             "H": 12,
@@ -373,8 +386,12 @@ def shipped() -> list[Shipped]:
         flags |= {} if drop else {"seed_ptr": None}
         for word, kernel in KERNELS.items():
             for target in TARGETS:
-                b = blocks_for(size, longest, 2, word, target, drop, rotary)
+                b = blocks_for(size, longest, 4 if kind == "fp32" else 2, word, target, drop, rotary)
                 options = {"num_warps": b.warps, "num_stages": b.stages, "targets": (target,)}
                 blocks = {**flags, "M": b.m, "N": b.n}
-                found.append(Shipped.of(f"varlen {word} {name}", kernel, pointers | numbers, blocks, **options))
+                full = size == width  # other rows do not begin at multiples of 16 bytes
+                made = Shipped.of(
+                    f"varlen {word} {name}", kernel, pointers | numbers, blocks, wide_loads=full, **options
+                )
+                found.append(made)
     return found

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.engine.errors import ModelError
-from regraft.engine.methods.settings import PromptSettings
 from regraft.engine.packing import PackedBatch
+
+if TYPE_CHECKING:
+    from regraft.engine.methods.settings import PromptSettings
 
 ADAPTER = "default"
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels.capture import capture
+
 _log = logging.getLogger("regraft.training")
 
 
@@ -103,16 +105,13 @@ class CapturedOptimizer:
 
     def _capture(self) -> None:
         try:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run()
+            graph = capture(self._run)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self.capture = False
             self.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
             _log.warning("the optimizer runs without a CUDA graph: %s", self.reason)
-            torch.cuda.synchronize()
             self._run()
             return
         self._graph = graph

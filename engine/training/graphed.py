@@ -25,6 +25,7 @@ from regraft.engine.models import RunningModel
 from regraft.engine.packing import PackedBatch
 from regraft.engine.training.graphed_losses import SequenceLoss, StepLoss, step_loss
 from regraft.engine.varlen_layout import VarlenLayout
+from regraft.kernels.capture import capture
 
 if TYPE_CHECKING:
     from regraft.engine.tasks import Task
@@ -224,24 +225,14 @@ class GraphedGradients:
     def _capture(self, state: _Captured, bucket: Bucket) -> None:
         kept = [g.clone() for g in self.gradients]  # warming up adds gradients that are none
         try:
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UP):
-                    self._run(state, bucket)
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._run(state, bucket)
-            self._pool = self._pool or graph.pool()
-            state.graph = graph
+            state.graph = capture(lambda: self._run(state, bucket), warm_up=WARM_UP, pool=self._pool)
+            self._pool = self._pool or state.graph.pool()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a model does that a graph cannot hold
             self.capture = False
             self.reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error) else ''}"
             _log.warning("steps run without CUDA graphs: %s", self.reason)
-            torch.cuda.synchronize()
         finally:
             for gradient, before in zip(self.gradients, kept, strict=True):
                 gradient.copy_(before)

@@ -216,7 +216,7 @@ class _Run:
             self.shards = share_out(self.running, optimizer, self.accelerator, config)
             prepared, optimizer, self.parameters = self.shards.model, self.shards.optimizer, self.shards.parameters
         else:
-            prepared = self.accelerator.prepare_model(self.running)
+            prepared = self.wrapped()
             self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = offloaded(optimizer, training, self.accelerator.device, self.say)
         self.averaged = AveragedWeights(self.parameters, training.ema) if training.ema else None
@@ -241,6 +241,18 @@ class _Run:
             f"{config.model.name}: {trained:,} of {everything:,} parameters trained, {how}, {self.precision}, "
             f"{self.threads} threads, {self.plan.total_steps:,} steps of {training.batch_size}"
         )
+
+    def wrapped(self) -> Any:
+        """The model as its processes share it."""
+        if self.accelerator.num_processes == 1 or self.accelerator.device.type != "cuda":
+            return self.accelerator.prepare_model(self.running)
+        import torch
+
+        from regraft.kernels.capture import on_stream
+
+        # DDP keeps a node for every parameter, bound to the stream it was made on; the default one cannot be captured.
+        with on_stream(torch.cuda.Stream()):
+            return self.accelerator.prepare_model(self.running)
 
     def make_plan(self) -> Any:
         from regraft.engine.training.order import Plan

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import fake_cuda
 from regraft.engine.training.captured_optimizer import CapturedOptimizer, can_be_captured
 from regraft.engine.training.optimizer import clipped_step, gradient_norm, set_learning_rate
 
@@ -135,3 +136,21 @@ def test_what_is_no_fused_adamw_is_refused():
         assert not can_be_captured(other)
         with pytest.raises(TypeError, match="expected torch's AdamW with fused=True"):
             CapturedOptimizer(other, weights, 1.0)
+
+
+def test_a_step_that_cannot_be_captured_is_taken_uncaptured_once(monkeypatch, caplog):
+    plain, plain_optimizer = made()
+    weights, optimizer = made()
+    cuda = fake_cuda.install(monkeypatch)
+    taken = optimizer.step
+    optimizer.step = lambda: (cuda.sync(), taken())
+    step = CapturedOptimizer(optimizer, weights, 1.0)
+    for number in range(3):
+        give(weights, some(number + 1))
+        give(plain, some(number + 1))
+        step(loss(1.0))
+        clipped_step(plain_optimizer, gradient_norm(plain), 1.0)
+    assert "the optimizer runs without a CUDA graph: RuntimeError: operation not permitted" in caplog.text
+    assert cuda.current == 0
+    cuda.draw()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, plain, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     ModernBertConfig,
 )
 
+import fake_cuda
 from regraft.engine.buckets import Bucket, bucket_of, fill_up, round_up
 from regraft.engine.fast_gpu import bind_fused
 from regraft.engine.models import RunningModel
@@ -177,6 +179,60 @@ def test_a_replayed_graph_takes_the_same_step_as_eager_running(tiny_model):
             assert torch.allclose(found[0][1][name], gradient, atol=1e-4), name
 
 
+def test_a_bucket_that_cannot_be_captured_runs_uncaptured_and_so_do_all_later_ones(tiny_model, monkeypatch, caplog):
+    running = bound(tiny_model).train()
+    parameters = list(running.parameters())
+    batch, targets, weights = batch_of(9, 4, 30), torch.tensor([0, 2, 1]), torch.ones(3)
+    expected = float(GraphedGradients(running, loss, parameters, capture=False)(batch, targets, weights))
+    wanted = gradients(running)
+    cuda = fake_cuda.install(monkeypatch)
+
+    def reads_a_value(*logits):
+        cuda.draw()
+        cuda.sync()
+        return loss(*logits)
+
+    graphed = GraphedGradients(running, reads_a_value, parameters)
+    assert float(graphed(batch, targets, weights)) == pytest.approx(expected)
+    assert float(graphed(batch_of(5, 6), targets[:2], weights[:2])) > 0
+    assert "RuntimeError: operation not permitted when stream is capturing" in caplog.text
+    assert (cuda.current, cuda.capturing_stream) == (0, None)
+    cuda.draw()
+    graphed._attach()
+    running.zero_grad(set_to_none=True)
+    graphed(batch, targets, weights)
+    for name, gradient in gradients(running).items():
+        assert torch.allclose(gradient, wanted[name], atol=1e-6), name
+
+
+def test_masks_are_the_same_whether_a_bucket_is_met_for_the_first_time_or_not(tiny_model, monkeypatch):
+    running = bound(tiny_model).train()
+    cuda = fake_cuda.install(monkeypatch)
+    found = []
+
+    def draws(*logits):
+        found.append(cuda.draw())
+        return loss(*logits)
+
+    graphed = GraphedGradients(running, draws, list(running.parameters()))
+    graphed(batch_of(9, 4, 30), torch.tensor([0, 2, 1]), torch.ones(3))
+    assert cuda.offset == 4, "one draw, that of the replay: neither warming up nor capturing count"
+
+
+def test_several_gpus_share_a_model_made_on_a_stream_that_can_be_captured(monkeypatch):
+    from regraft.engine.training.run import _Run
+
+    cuda = fake_cuda.install(monkeypatch)
+    made_on = lambda processes: SimpleNamespace(  # noqa: E731
+        running=None,
+        accelerator=SimpleNamespace(
+            num_processes=processes, device=torch.device("cuda"), prepare_model=lambda model: cuda.current
+        ),
+    )
+    assert _Run.wrapped(made_on(2)) != 0
+    assert _Run.wrapped(made_on(1)) == 0
+
+
 def test_a_bucket_is_what_it_says():
     assert bucket_of(batch_of(30, 20, 10)) == Bucket(128, 8, 32)
 
@@ -284,6 +340,22 @@ def test_a_module_that_only_looks_like_a_gated_one_stays_as_it_is(monkeypatch):
     assert not torch.allclose(before, other)
     assert bind_fused(running)["GeGLU"] == 0
     assert "forward" not in vars(mlp)
+
+
+def test_a_kernel_that_fails_costs_its_kind_alone_and_the_log_says_which(tiny_model, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise ValueError("head size is 26\nand more")
+
+    monkeypatch.setattr("regraft.engine.fast_gpu.bias_gelu", broken)
+    running = bound(tiny_model, last_layer=False)
+    assert running.bound["bias + GELU"] == 0 and running.bound["dropout + residual + LayerNorm"] == 4
+    assert "bias + GELU stays as it was: ValueError: head size is 26" in caplog.messages
+    running.run_padded("to start anew")
+    assert running.bound == {}
+    running.run_packed()
+    monkeypatch.setattr("regraft.engine.varlen_layout.varlen_attention", broken)
+    assert bind_fused(running) == {} and "layout_of" not in vars(running)
+    assert "attention by cu_seqlens stays as it was: ValueError: head size is 26" in caplog.messages
 
 
 def test_a_checkpointed_model_is_left_alone_for_its_layers_run_twice(tiny_model):

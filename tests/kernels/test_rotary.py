@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from checking import fresh
+from checking import DEVICE, fresh
 from regraft.kernels.rotary import rotate, rotate_merged
 
 
 def turns(tokens: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angle = torch.arange(tokens, dtype=torch.float64)[:, None] * 0.3 ** torch.arange(size // 2)
+    angle = torch.arange(tokens, dtype=torch.float64, device=DEVICE)[:, None]
+    angle = angle * 0.3 ** torch.arange(size // 2, device=DEVICE)
     return angle.cos(), angle.sin()
 
 

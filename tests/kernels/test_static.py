@@ -32,6 +32,15 @@ def test_every_kernel_compiles_for_both_generations_without_spills(tmp_path):
 
 
 @needs_compiler
+def test_every_integer_argument_of_a_kernel_can_be_one():
+    # one row, one layer: Triton makes a constant of it, on which no method of a value can be called
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "bench" / "kernels_static.py"), "--ones"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@needs_compiler
 def test_the_committed_table_covers_every_shipped_configuration():
     table = json.loads((ROOT / "bench" / "results" / "kernels_static.json").read_text())
     wanted = {(case.name, target) for case in all_shipped() for target in case.targets}

@@ -61,6 +61,27 @@ def test_every_head_size_with_and_without_rotary_positions(form, size, rotary):
 
 
 @both_forms
+@pytest.mark.parametrize("size", [4, 26, 80])
+def test_head_sizes_of_models_that_are_no_powers_of_two(form, size):
+    hold(form, [40, 7], 2, size, rotary=True)
+
+
+def test_a_head_too_large_for_triton_runs_as_plain_torch_and_the_log_says_so_once(monkeypatch, caplog):
+    # as on a GPU: Triton would run, and nothing is interpreted
+    monkeypatch.setattr(varlen, "use_triton", lambda x: True)
+    monkeypatch.setattr(varlen, "IS_INTERPRETED", False)
+    varlen._say_too_large.cache_clear()
+    qkv = fresh(9, 3, 1, 192).float().requires_grad_()
+    for _ in range(2):
+        found = varlen_attention(qkv, cu_of([4, 5]), 5)
+        found.sum().backward()
+    assert torch.allclose(found, varlen.reference(qkv, cu_of([4, 5])), atol=1e-5)
+    assert len(caplog.messages) == 1 and "head size is 192" in caplog.text
+    with forced("triton"), pytest.raises(ValueError, match="head size is 192, expected at most 128"):
+        varlen_attention(qkv, cu_of([4, 5]), 5)
+
+
+@both_forms
 @pytest.mark.parametrize("window", [1, 5, 64, 500])
 def test_only_tokens_within_the_window_are_seen(form, window):
     hold(form, [150, 31], 1, 32, window=window, rotary=True)
