@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LONGEST_QUESTION = 64  # tokens
 CANDIDATES = 20  # starts, and ends, that are combined in each window
 STRIDE = 128
+MOVED, ABSENT = "answers not at their offset", "answers nowhere in the context"
 
 
 class Answering(Task):
@@ -37,6 +38,7 @@ class Answering(Task):
     auto_model = "AutoModelForQuestionAnswering"
     labels = ()
     metrics_known = ("f1", "exact_match")
+    remarks = (MOVED, ABSENT)
 
     def __init__(
         self,
@@ -366,5 +368,5 @@ def _counts(rows: Rows) -> dict[str, int]:
                 moved += 1
                 absent += text not in context
     if moved:
-        found |= {"answers not at their offset": moved, "answers nowhere in the context": absent}
+        found |= {MOVED: moved, ABSENT: absent}
     return found

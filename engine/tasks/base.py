@@ -96,6 +96,7 @@ class Task(ABC):
     metrics_known: ClassVar[tuple[str, ...]]
     scale: tuple[float, float] | None = None  # mean and spread of numeric targets, see output_scale.py
     smaller_is_better: ClassVar[tuple[str, ...]] = ("loss", "mse", "mae")
+    remarks: ClassVar[tuple[str, ...]] = ()  # of `Examples.counts`, those that are no labels: told when a run begins
 
     @classmethod
     @abstractmethod

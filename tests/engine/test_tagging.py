@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -207,6 +208,84 @@ def test_a_crf_never_leaves_its_scheme_and_its_marginals_are_exact():
         total += chance
         expected[np.arange(3), list(path)] += chance
     assert np.allclose(small.marginals([e])[0], expected / total, atol=1e-9)
+
+
+@pytest.mark.parametrize("tags", ["iob2", "bioes"])
+def test_a_crf_learns_a_span_that_windows_cut(make_config, tmp_path, tags):
+    text = "good film " * 2 + "sharp long plot " * 6 + "bad story " * 4
+    span = [text.index("sharp"), text.rindex("plot") + 4, "NAME"]
+    (tmp_path / "t.jsonl").write_text((json.dumps({"text": text, "label": [span]}) + "\n") * 12)
+    path = make_config(
+        data={"train": str(tmp_path / "t.jsonl"), "dev": str(tmp_path / "t.jsonl")},
+        model={"max_length": 16},
+        task={"type": "tagging", "crf": True, "tags": tags},
+        training={"epochs": 12, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "threads": 1},
+    )
+    losses: list[float] = []
+    result = train(load_config(path), quiet=True, on_step=lambda info: losses.append(info.loss))
+    assert max(losses) < 4, "a window's gold tags are a path that the scheme forbids"
+    assert result.metrics["dev"]["f1"] == 1.0
+
+
+def test_chains_that_begin_or_end_within_a_text_are_free_to(tiny_model):
+    task = Tagging(("A",), tags="bioes", crf=True)
+    model = torch.nn.Module()
+    task.attach(model)
+    with torch.no_grad():
+        for parameter in task.crf.parameters():
+            parameter.normal_()
+    moves, starts, ends = (torch.from_numpy(v).double() for v in task.crf.values())
+    emissions = torch.randn(3, task.outputs, dtype=torch.float64)
+    tags = torch.tensor([task.labels.index(t) for t in ("I-A", "E-A", "B-A")])
+
+    def chance(begins: bool, ends_too: bool) -> float:
+        def score(path):
+            own = emissions[range(3), list(path)].sum() + moves[path[0], path[1]] + moves[path[1], path[2]]
+            return own + begins * starts[path[0]] + ends_too * ends[path[2]]
+
+        every = torch.stack([score(path) for path in np.ndindex(*[task.outputs] * 3)])
+        return float(score(tags.tolist()) - every.logsumexp(0))
+
+    for begins, stops in ((False, False), (True, False), (False, True), (True, True)):
+        edges = [torch.tensor([x]) for x in (begins, stops)]
+        found = task.crf.log_likelihood(emissions, tags, torch.tensor([0, 3]), *edges)
+        assert float(found.detach()) == pytest.approx(chance(begins, stops), rel=1e-5)
+    assert chance(False, False) > -20 > -9000 > chance(True, False)
+
+
+def test_a_word_without_tokens_breaks_no_span(tiny_model):
+    tokenizer = load_fast_tokenizer(tiny_model)
+    text = "film \u200b sharp long \u200b plot"
+    spans = ((5, 17, "A"), (18, 24, "B"))  # each begins with a word that the tokenizer makes nothing of
+    rows = Rows("train", "t", [text], [spans], np.arange(1))
+    for tags, expected in (("iob2", "O B-A I-A B-B"), ("bioes", "O B-A E-A S-B")):
+        task = Tagging(("A", "B"), tags=tags, crf=True)
+        made = task.examples(rows, tokenizer, 24)
+        found = [task.labels[t] for t in made.targets[made.targets != NO_TARGET]]
+        assert found == expected.split()
+        assert refuse(found, tags) is None
+
+
+def test_spans_that_begin_or_end_within_a_word_take_the_whole_word_and_are_counted(
+    tagging_config, tmp_path, tiny_model
+):
+    text = "filmgood plot music"
+    label = ((4, 8, "A"), (9, 13, "A"), (15, 18, "B"))
+    rows = Rows("train", "t", [text, text], [label, ((0, 4, "A"), (4, 13, "B"))], np.arange(2))
+    task = Tagging(("A", "B"), tags="iob2")
+    made = task.examples(rows, load_fast_tokenizer(tiny_model), 32)
+    found = [task.labels[t] for t in made.targets[made.targets != NO_TARGET]]
+    assert found == ["B-A", "B-A", "B-B", "B-A", "B-B", "O"]
+    assert made.counts["spans that do not fit words"] == 4
+    (tmp_path / "t.jsonl").write_text((json.dumps({"text": text, "label": label}) + "\n") * 10)
+    told: list[str] = []
+    from regraft.engine.training.setup import prepare
+
+    prepare(
+        load_config(tagging_config(), [f"data.train={tmp_path / 't.jsonl'}", f"data.dev={tmp_path / 't.jsonl'}"]),
+        told.append,
+    )
+    assert any("spans that do not fit words" in line for line in told), told
 
 
 @pytest.mark.parametrize(("crf", "alignment"), [(True, "first"), (False, "mean")])
