@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regraft.engine.data.cells import parse_json_line
+from regraft.engine.data.read import STDIN, stream_items, stream_lines, stream_rows
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.spans import COLUMNS, CharSpans, read_spans
 from regraft.engine.errors import ConfigError, DataError, nearest
@@ -47,6 +49,7 @@ class Tagging(Task):
         kinds: tuple[str, ...],
         *,
         tags: str = "iob2",
+        written: str = "auto",
         crf: bool = False,
         scores: Sequence[Any] | None = None,
         alignment: str = "first",
@@ -55,6 +58,7 @@ class Tagging(Task):
         metric: str | None = None,
     ) -> None:
         self.kinds, self.tags, self.alignment, self.stride = kinds, tags, alignment, stride
+        self.written = written  # the scheme of the training rows' file
         self.labels = tag_names(kinds, tags)
         self.label_smoothing = label_smoothing
         self.crf = Crf(self.labels, tags, scores) if crf else None
@@ -70,23 +74,50 @@ class Tagging(Task):
     ) -> Rows:
         return read_spans(path, data, split=split, need_labels=need_labels, limit=limit, scheme=data.tag_scheme)
 
+    def like_training(self, data: DataConfig) -> DataConfig:
+        # Which scheme marks its spans, a file shows. That each word's tag stands for itself, few rows may not show.
+        plain = data.tag_scheme == "auto" and self.written == "none"
+        return data.model_copy(update={"tag_scheme": "none"}) if plain else data
+
     @classmethod
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
-        if isinstance(source, str) and not source.endswith(".txt"):
-            rows = cls.read(source, data, split="predict", need_labels=False)
-            dropped.update(rows.dropped)
-            return iter([(rows.texts[i], rows.pairs[i] if rows.pairs else None) for i in range(len(rows))])
-        return super().inputs(source, data.model_copy(update={"empty": "keep"}), dropped)
+        kept = data.model_copy(update={"empty": "keep"})
+        if not isinstance(source, str):
+            return cls._of_lines(stream_lines(source, data.encoding), kept, dropped)
+        if data.format == "auto" and source.lower().removesuffix(".gz").endswith(".txt"):
+            return super().inputs(source, kept, dropped)
+        rows = cls.read(source, data, split="predict", need_labels=False)
+        dropped.update(rows.dropped)
+        return iter([(rows.texts[i], rows.pairs[i] if rows.pairs else None) for i in range(len(rows))])
+
+    @classmethod
+    def _of_lines(
+        cls, lines: Iterator[tuple[int, str]], data: DataConfig, dropped: dict[str, int]
+    ) -> Iterator[tuple[str, Any]]:
+        """Texts, objects with the columns of `data`, or {"words": [...]} as in a request."""
+        for number, line in lines:
+            item = parse_json_line(line, STDIN, number) if line.startswith("{") else {}
+            if "words" in item and data.columns.text not in item:
+                yield from stream_items([(number, line)], lambda item: cls.take({"words": item["words"]}))
+            else:
+                yield from ((row.text, row.pair) for row in stream_rows([(number, line)], data, dropped))
 
     @classmethod
     def take(cls, item: Mapping[str, Any]) -> tuple[str, Any]:
         if set(item) == {"words"}:
-            if not all(isinstance(word, str) and word.strip() for word in item["words"]):
+            words = item["words"]
+            if not isinstance(words, list | tuple) or not words:
+                raise ValueError("words: expected a list of words")
+            if not all(isinstance(word, str) and word.strip() for word in words):
                 raise ValueError("words: expected words that are not empty")
-            return joined(item["words"])
+            return joined(words)
         if item.get("text_pair") is not None:
             raise ValueError("text_pair: this task takes one text")
         return super().take(item)
+
+    @classmethod
+    def beside(cls, text: str, other: Any) -> dict[str, Any]:
+        return {} if other is None else {"words": [text[start:end] for start, end in other]}
 
     @classmethod
     def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> Tagging:
@@ -102,6 +133,7 @@ class Tagging(Task):
         return cls(
             kinds,
             tags=tags,
+            written=train.scheme or "auto",
             crf=config.crf,
             alignment=config.alignment,
             stride=config.stride,
@@ -112,7 +144,7 @@ class Tagging(Task):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Tagging:
         known = {key: spec[key] for key in ("tags", "crf", "scores", "alignment", "stride", "metric")}
-        return cls(tuple(spec["kinds"]), **known)
+        return cls(tuple(spec["kinds"]), written=spec.get("written", "auto"), **known)
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -120,6 +152,7 @@ class Tagging(Task):
             "kinds": list(self.kinds),
             "labels": list(self.labels),
             "tags": self.tags,
+            "written": self.written,
             "crf": self.crf is not None,
             "scores": None if self.crf is None else [v.tolist() for v in self.crf.values()],
             "alignment": self.alignment,
