@@ -26,7 +26,7 @@ def heldout_rows(trained: Trained, file: str | None, *, split: str | None = None
 
     Raises DataError when the run's own files are gone or have changed place.
     """
-    data, task = trained.data, type(trained.task)
+    data, task = trained.task.like_training(trained.data), type(trained.task)
     if file is not None:
         return task.read(file, suited_to(file, data), split="test")
     split = split or ("test" if data.test else "dev")

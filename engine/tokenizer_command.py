@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from regraft.engine.errors import ConfigError
+from regraft.engine.errors import ConfigError, DataError
 
 SHOWN = 2000  # texts that the closing figures are taken from
 
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from regraft.engine.files import new_folder
 
     texts = list(texts_of(args.files, args.text))
+    if not texts:
+        raise DataError(f"{', '.join(args.files)}: there is no text to learn a tokenizer from")
     tokenizer = learn_tokenizer(
         texts,
         kind=args.type,

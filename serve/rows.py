@@ -75,4 +75,6 @@ def _examples(task: Task, tokenizer: FastTokenizer, max_length: int, texts: list
 
 def _strings(text: str, beside: Any) -> list[str]:
     """A request's texts: its own, and those that stand beside it."""
-    return [text, *([beside] if isinstance(beside, str) else getattr(beside, "strings", []))]
+    if isinstance(beside, str):
+        return [text, beside]
+    return [text, *(part for part in getattr(beside, "strings", beside or ()) if isinstance(part, str))]

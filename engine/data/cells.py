@@ -131,19 +131,24 @@ def json_cells(
         None if pair is None else values[pair] if pair in values else Absent(pair, tuple(values)),
         values[label] if label in values else Absent(label, tuple(values)),
     )
-    if "\\ud" in line or "\\uD" in line:
-        _refuse_halves(cells, at(path, number))
+    refuse_halves(line, cells, at(path, number))
     return cells
 
 
-def _refuse_halves(cells: Sequence[Any], place: str) -> None:
-    # JSON can spell half of a surrogate pair, which is no character: nothing downstream could encode it.
-    for cell in cells:
-        if isinstance(cell, str):
-            try:
-                cell.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(f"{place}: \\u{ord(cell[error.start]):04x} is half of a character") from None
+def refuse_halves(line: str, values: Any, place: str) -> None:
+    """Raise DataError where a text among `values`, or in lists and objects among them, holds half of a surrogate pair.
+
+    JSON, whose spelling is `line`, can spell that; it is no character, and nothing downstream could encode it.
+    """
+    if "\\ud" not in line and "\\uD" not in line:
+        return
+    if isinstance(values, str):
+        try:
+            values.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{place}: \\u{ord(values[error.start]):04x} is half of a character") from None
+    for value in values.values() if isinstance(values, dict) else values if isinstance(values, list | tuple) else ():
+        refuse_halves(line, value, place)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ KINDS = ("wordpiece", "bpe")
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 BYTES = 256
+SHORTEST = 3
 LEAST = {"wordpiece": 100, "bpe": BYTES + len(ROBERTA_TOKENS) + 1}
 
 
@@ -31,6 +32,12 @@ def learn_tokenizer(
         raise ConfigError(f"--type: {kind!r}; expected {' or '.join(KINDS)}")
     if size < LEAST[kind]:
         raise ConfigError(f"--size: {size}; a {kind} vocabulary has at least {LEAST[kind]} tokens")
+    if min_count < 1:
+        raise ConfigError(f"--min-count: {min_count}; expected at least 1")
+    if max_length < SHORTEST:
+        raise ConfigError(
+            f"--max-length: {max_length}; expected at least {SHORTEST}: a token between the model's own two"
+        )
     learn = _wordpiece if kind == "wordpiece" else _bpe
     return learn(texts, size, lowercase, min_count, max_length)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from regraft.engine.config import DataConfig
-from regraft.engine.data.cells import Cells, Table, json_cells, open_cells, parse_json_line
+from regraft.engine.data.cells import Cells, Table, json_cells, open_cells, parse_json_line, refuse_halves
 from regraft.engine.data.gaps import TextRow, fill_or_drop
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import HUB, find_source, without_mark
@@ -97,8 +97,7 @@ def iter_texts(
     """
     counted = {} if dropped is None else dropped
     if not isinstance(source, str | Path):
-        cells = _stream_cells(source, data)
-        yield from fill_or_drop(cells, STDIN, data, task_type=task_type, need_labels=False, dropped=counted)
+        yield from stream_rows(stream_lines(source, data.encoding), data, counted, task_type)
         return
     with _open(source, data, split="test", need_labels=False, plain_text=True) as table:
         yield from fill_or_drop(table.cells, str(source), data, task_type=task_type, need_labels=False, dropped=counted)
@@ -114,10 +113,39 @@ def _open(
     return open_cells(find_source(path, data, plain_text=plain_text), data, need_labels=need_labels)
 
 
-def _stream_cells(stream: IO[bytes] | IO[str], data: DataConfig) -> Iterator[Cells]:
+def stream_lines(stream: IO[bytes] | IO[str], encoding: str) -> Iterator[tuple[int, str]]:
+    """Lines of an open stream without their ends, numbered from 1. Raises DataError at what is not text."""
+    for number, line in enumerate(_decoded(stream, encoding), 1):
+        yield number, line.rstrip("\r\n")
+
+
+def stream_items(
+    lines: Iterable[tuple[int, str]], take: Callable[[dict[str, Any]], tuple[str, Any]]
+) -> Iterator[tuple[str, Any]]:
+    """What a task's `take` makes of lines that are not blank: JSON objects, or plain texts. Raises DataError with the
+    line."""
+    for number, line in lines:
+        if not line.strip():
+            continue
+        item = parse_json_line(line, STDIN, number) if line.startswith("{") else {"text": line}
+        refuse_halves(line, item, at(STDIN, number))
+        try:
+            yield take(item)
+        except ValueError as error:
+            raise DataError(f"{at(STDIN, number)}: {error}") from None
+
+
+def stream_rows(
+    lines: Iterable[tuple[int, str]], data: DataConfig, dropped: dict[str, int], task_type: str | None = None
+) -> Iterator[TextRow]:
+    """Rows of a stream's lines, by the columns that `data` names."""
+    cells = _stream_cells(lines, data)
+    return fill_or_drop(cells, STDIN, data, task_type=task_type, need_labels=False, dropped=dropped)
+
+
+def _stream_cells(lines: Iterable[tuple[int, str]], data: DataConfig) -> Iterator[Cells]:
     pair = data.columns.text_pair
-    for number, line in enumerate(_decoded(stream, data.encoding), 1):
-        line = line.rstrip("\r\n")
+    for number, line in lines:
         if line.startswith("{"):
             values = parse_json_line(line, STDIN, number)
             yield number, *json_cells(values, data, line, STDIN, number)

@@ -17,7 +17,7 @@ class Rows:
     multilabel) or None when the source has none.
 
     `lines` [N] int64 are 1-based lines of `path` (row numbers for parquet and hub datasets); `dropped` counts rows
-    left out by a rule the user chose, by rule.
+    left out by a rule the user chose, by rule. `scheme`: how the source spells spans, where it has tags of words.
     """
 
     split: str
@@ -27,6 +27,7 @@ class Rows:
     lines: np.ndarray
     pairs: Sequence[Any] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+    scheme: str | None = None
 
     def __post_init__(self) -> None:
         n = len(self.texts)
@@ -53,4 +54,5 @@ class Rows:
             lines=self.lines[index],
             pairs=pick(self.pairs),
             dropped=self.dropped if dropped is None else dropped,
+            scheme=self.scheme,
         )

@@ -27,13 +27,14 @@ COLUMNS = ("conll", "conllu")
 def read_spans(
     path: str, data: DataConfig, *, split: str, need_labels: bool, limit: int | None, scheme: str = "auto"
 ) -> Rows:
-    """Rows of any format. Raises DataError naming file, line and what is wrong there."""
+    """Rows of any format, with spans where `need_labels`. Raises DataError naming file, line and what is wrong there."""
     texts: list[str] = []
     labels: list[CharSpans | None] = []
     beside: list[Words | None] = []
     lines: list[int] = []
     dropped: dict[str, int] = {}
-    for line, text, words, spans in _rows(path, data, split, need_labels, scheme, dropped):
+    used = _Scheme(scheme)
+    for line, text, words, spans in _rows(path, data, split, need_labels, used, dropped):
         if limit is not None and len(texts) >= limit:
             break
         texts.append(text)
@@ -51,14 +52,29 @@ def read_spans(
         np.array(lines, dtype=np.int64),
         pairs=None if all(words is None for words in beside) else beside,
         dropped=dropped,
+        scheme=used.found,
     )
+
+
+class _Scheme:
+    """The scheme that tags are read by: the one that is asked for, or what all tags of the file look like."""
+
+    def __init__(self, asked: str) -> None:
+        self.asked = asked
+        self.found: str | None = None  # None as long as there were no tags
+
+    def of(self, sentences: Sequence[Sequence[str]]) -> str:
+        used = guess_scheme(sentences) if self.asked == "auto" else self.asked
+        if any(sentences):
+            self.found = used
+        return used
 
 
 _Row = tuple[int, str, Words | None, CharSpans | None]
 
 
 def _rows(
-    path: str, data: DataConfig, split: str, need_labels: bool, scheme: str, dropped: dict[str, int]
+    path: str, data: DataConfig, split: str, need_labels: bool, scheme: _Scheme, dropped: dict[str, int]
 ) -> Iterator[_Row]:
     if str(path).startswith(HUB):
         from regraft.engine.data.hub import open_hub
@@ -72,15 +88,11 @@ def _rows(
             yield from _cells(table.cells, str(path), data, need_labels, scheme, dropped)
         return
     sentences = list(read_sentences(source, data, need_labels=need_labels))
-    used = _scheme_in_use((tag for s in sentences for tag in s.tags), scheme)
+    used = scheme.of([s.tags for s in sentences])
     for s in sentences:
         text, words = joined(s.words)
         places = [at(path, line) for line in s.lines]
-        yield s.lines[0], text, words, spans_of_tags(s.tags, words, used, places) if s.tags else None
-
-
-def _scheme_in_use(tags: Iterator[str], scheme: str) -> str:
-    return guess_scheme(tags) if scheme == "auto" else scheme
+        yield s.lines[0], text, words, spans_of_tags(s.tags, words, used, places) if s.tags and need_labels else None
 
 
 def spans_of_tags(tags: Sequence[str], words: Words, scheme: str, places: Sequence[str]) -> CharSpans:
@@ -94,11 +106,11 @@ def spans_of_tags(tags: Sequence[str], words: Words, scheme: str, places: Sequen
 
 
 def _cells(
-    cells: Iterator[Any], path: str, data: DataConfig, need_labels: bool, scheme: str, dropped: dict[str, int]
+    cells: Iterator[Any], path: str, data: DataConfig, need_labels: bool, scheme: _Scheme, dropped: dict[str, int]
 ) -> Iterator[_Row]:
     found = list(cells)
     listed = [tags for _, text, _, tags in found if isinstance(text, list) and isinstance(tags, list)]
-    used = _scheme_in_use((str(tag) for tags in listed for tag in tags), scheme)
+    used = scheme.of([[str(tag) for tag in tags] for tags in listed])
     for line, text, _, label in found:
         place = at(path, line, data.columns.text)
         if isinstance(text, Absent):
@@ -109,7 +121,7 @@ def _cells(
                 dropped["empty"] = dropped.get("empty", 0) + 1
                 continue
             raise DataError(f"{place}: the text is empty; set data.empty: drop to leave such rows out")
-        has_label = label is not None and not isinstance(label, Absent)
+        has_label = need_labels and label is not None and not isinstance(label, Absent)
         if need_labels and not has_label:
             raise DataError(f"{at(path, line, data.columns.label)}: there are no spans; a text without any has []")
         place = at(path, line, data.columns.label)
@@ -204,9 +216,20 @@ def _listed(label: Any, place: str) -> Iterator[tuple[int, int, str]]:
         yield values
 
 
+def _is_place(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)
+
+
 def _by_surface(label: dict[str, Any], text: str, place: str) -> Iterator[tuple[int, int, str]]:
+    if {"start", "end", "label"} <= set(label):
+        raise DataError(f"{place}: expected a list of spans, found one span that is in no list: {label}")
     for kind, surfaces in label.items():
-        for surface, places in surfaces.items():
+        for surface, places in surfaces.items() if isinstance(surfaces, dict) else [("", None)]:
+            if not isinstance(places, list) or not all(map(_is_place, places)):
+                raise DataError(
+                    f"{place}: expected {{type: {{surface: [[first, last]]}}}}, the characters it stands at, found "
+                    f"{kind!r}: {surfaces!r}"
+                )
             for first, last in places:
                 if text[first : last + 1] != surface:
                     raise DataError(

@@ -79,22 +79,40 @@ def _items(path: str, data: DataConfig, split: str) -> Iterator[_Item]:
     source = find_source(path, data)
     with open_lines(source, newline="\n") as lines:
         content = "".join(lines)
-    try:
-        whole = json.loads(content)
-    except ValueError:
-        whole = None  # more than one object: one a line
-    if isinstance(whole, dict) and "data" in whole:
-        yield from _squad(str(path), whole["data"])
-        return
-    if isinstance(whole, list) and whole and "paragraphs" in whole[0]:
-        yield from _squad(str(path), whole)
-        return
     from regraft.engine.data.cells import parse_json_line
 
+    whole = _whole(str(path), content)
+    if isinstance(whole, dict) and "data" in whole:
+        whole = whole["data"]
+        if not isinstance(whole, list):
+            raise DataError(f"{path}: 'data': expected a list of articles with paragraphs, found {_shown(whole)}")
+    if isinstance(whole, list):
+        yield from _squad(str(path), whole)
+        return
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             values = parse_json_line(line, path, number)
             yield _of_object(values, names, at(path, number), number)
+
+
+def _whole(path: str, content: str) -> Any:
+    """The file as one JSON value, None where it has an object a line. Raises DataError where its first line is none."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise DataError(f"{path}: not usable JSON: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        try:
+            json.loads(next((line for line in content.split("\n") if line.strip()), ""))
+        except ValueError:
+            place = f"{at(path, error.lineno)}: not valid JSON: {error.msg} at character {error.colno}"
+            raise DataError(place) from None
+        return None
+
+
+def _shown(value: Any) -> str:
+    shown = json.dumps(value, ensure_ascii=False)
+    return shown if len(shown) <= 60 else shown[:59] + "…"
 
 
 def _table(path: str, data: DataConfig, split: str, names: tuple[str, ...]) -> Iterator[_Item]:
@@ -123,18 +141,30 @@ def _of_object(values: dict[str, Any], names: tuple[str, ...], place: str, line:
     return _Item(place, line, str(values.get("id", line)), values[question], values[context], found)
 
 
-def _squad(path: str, articles: Any) -> Iterator[_Item]:
+def _squad(path: str, articles: list[Any]) -> Iterator[_Item]:
     number = 0
-    for article in articles:
-        for paragraph in article["paragraphs"]:
-            for qa in paragraph.get("qas", ()):
-                number += 1
-                place = f"{path}: question {qa.get('id', number)!r}"
-                if "question" not in qa or "context" not in paragraph:
-                    missing = "question" if "question" not in qa else "context"
-                    raise DataError(f"{place}: there is no {missing}")
-                answers = [] if qa.get("is_impossible") else qa.get("answers")
-                yield _Item(place, number, str(qa.get("id", number)), qa["question"], paragraph["context"], answers)
+    for place, paragraph in _parts(path, "article", articles, "paragraphs"):
+        for _, qa in _parts(place, "paragraph", [paragraph], "qas"):
+            number += 1
+            if not isinstance(qa, dict):
+                raise DataError(f"{path}: question {number}: expected an object, found {_shown(qa)}")
+            name = qa.get("id", number)
+            if "question" not in qa or "context" not in paragraph:
+                missing = "question" if "question" not in qa else "context"
+                raise DataError(f"{path}: question {name!r}: there is no {missing}")
+            answers = [] if qa.get("is_impossible") else qa.get("answers")
+            place_of = f"{path}: question {name!r}"
+            yield _Item(place_of, number, str(name), qa["question"], paragraph["context"], answers)
+
+
+def _parts(path: str, kind: str, wholes: list[Any], key: str) -> Iterator[tuple[str, Any]]:
+    """What stands in the list `key` of each, with its place."""
+    for number, whole in enumerate(wholes, 1):
+        place = f"{path}: {kind} {number}"
+        if not isinstance(whole, dict) or not isinstance(whole.get(key), list):
+            found = f"{_shown(whole)}{nearest(key, whole) if isinstance(whole, dict) else ''}"
+            raise DataError(f"{place}: expected an object with a list {key!r}, found {found}")
+        yield from ((place, part) for part in whole[key])
 
 
 def _checked(item: _Item, need_labels: bool) -> tuple[str, str, Answers | None, int]:
@@ -150,16 +180,29 @@ def _checked(item: _Item, need_labels: bool) -> tuple[str, str, Answers | None, 
         if need_labels:
             raise DataError(f"{item.place}: there are no answers; a question without any has []")
         return item.question, item.context, None, item.line
-    given = item.answers
-    if isinstance(given, dict):  # as `datasets` writes them: a list of texts and a list of starts
-        pairs = list(zip(given.get("text", ()), given.get("answer_start", ()), strict=False))
-    else:
-        pairs = [(a.get("text"), a.get("answer_start", -1)) for a in given]
+    pairs = _answers(item)
     for text, start in pairs:
-        if not isinstance(text, str) or not isinstance(start, int):
+        if not isinstance(text, str) or type(start) is not int:
             raise DataError(f"{item.place}: an answer needs text and answer_start, found {text!r} at {start!r}")
     texts, starts = zip(*pairs, strict=True) if pairs else ((), ())
     return item.question, item.context, Answers(item.id, tuple(texts), tuple(starts)), item.line
+
+
+def _answers(item: _Item) -> list[tuple[Any, Any]]:
+    """Texts with their starts: of a list of objects or, as `datasets` writes them, an object of two lists."""
+    given = item.answers
+    if isinstance(given, dict):
+        texts, starts = given.get("text"), given.get("answer_start")
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise DataError(
+                f"{item.place}: answers: expected lists text and answer_start of one length, found {_shown(given)}"
+            )
+        return list(zip(texts, starts, strict=True))
+    if not isinstance(given, list) or not all(isinstance(answer, dict) for answer in given):
+        raise DataError(
+            f"{item.place}: answers: expected a list of objects with text and answer_start, found {_shown(given)}"
+        )
+    return [(answer.get("text"), answer.get("answer_start", -1)) for answer in given]
 
 
 def locate(context: str, text: str, start: int) -> int | None:

@@ -114,6 +114,18 @@ def encode(
     progress: Progress | None = None,
 ) -> TokenStore:
     """Tokens of `texts` (or of texts with `pairs`), without any cache. Raises ModelError as `tokenize` does."""
+    return encode_counted(texts, pairs, tokenizer, max_length, progress=progress)[0]
+
+
+def encode_counted(
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    tokenizer: FastTokenizer,
+    max_length: int,
+    *,
+    progress: Progress | None = None,
+) -> tuple[TokenStore, np.ndarray]:
+    """As `encode`, and how many tokens of each sequence did not fit, [N] int64."""
     template = tokenizer.special_tokens(pairs is not None)
     if max_length <= template:
         raise ModelError(
@@ -123,34 +135,32 @@ def encode(
     inputs: Sequence[Any] = texts if pairs is None else list(zip(texts, pairs, strict=True))
     with_types = tokenizer.token_types and (pairs is not None or any(tokenizer.backend.encode("a").type_ids))
     ids, types, lengths = [], [], []
-    truncated = cut_tokens = 0
     for start in range(0, len(inputs), CHUNK):
         encodings = tokenizer.backend.encode_batch_fast(inputs[start : start + CHUNK])
         full = np.fromiter(map(len, encodings), dtype=np.int64, count=len(encodings))
         long = np.flatnonzero(full > max_length)
-        truncated += len(long)
-        cut_tokens += int((full[long] - max_length).sum())
         columns = [[e.ids for e in encodings], [e.type_ids for e in encodings] if with_types else []]
         for i in long:
             kept = _kept_slices(encodings[i].sequence_ids, max_length, tokenizer.truncation_side)
             for column in columns:
                 if column:
                     column[i] = [value for piece in kept for value in column[i][piece]]
-        lengths.append(np.minimum(full, max_length))
+        lengths.append(full)
         ids.append(_flat(columns[0], np.int32))
         if with_types:
             types.append(_flat(columns[1], np.uint8))
         if progress:
             progress(start + len(encodings), len(inputs))
-    offsets = np.zeros(len(inputs) + 1, dtype=np.int64)
-    np.cumsum(np.concatenate(lengths or [offsets[1:]]), out=offsets[1:])
-    return TokenStore(
+    whole = np.concatenate(lengths or [np.zeros(0, dtype=np.int64)])
+    cuts = np.maximum(whole - max_length, 0)
+    store = TokenStore(
         ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
-        offsets=offsets,
+        offsets=np.concatenate([[0], np.cumsum(whole - cuts)]).astype(np.int64),
         types=np.concatenate(types) if types else None,
-        truncated=truncated,
-        cut_tokens=cut_tokens,
+        truncated=int((cuts > 0).sum()),
+        cut_tokens=int(cuts.sum()),
     )
+    return store, cuts
 
 
 def _kept_slices(sequence: list[int | None], max_length: int, side: str) -> list[slice]:

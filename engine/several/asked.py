@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regraft.engine.data.read import stream_items, stream_lines
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.tokens import TokenStore
-from regraft.engine.errors import DataError, at, nearest
+from regraft.engine.errors import DataError, nearest
 from regraft.engine.examples import Examples
-from regraft.engine.tasks.base import Task
 
 if TYPE_CHECKING:
     from regraft.engine.data.fast_tokenizer import FastTokenizer
     from regraft.engine.tasks.several import Several
-
-STDIN = "<stdin>"
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,9 @@ class Asked:
     @property
     def strings(self) -> list[str]:
         """All texts in it."""
-        return [part for text, beside in self.inputs.values() for part in (text, beside) if isinstance(part, str)]
+        beside = [other if isinstance(other, tuple) else (other,) for _, other in self.inputs.values()]
+        found = [*(text for text, _ in self.inputs.values()), *(part for parts in beside for part in parts)]
+        return [part for part in found if isinstance(part, str)]
 
 
 @dataclass(frozen=True)
@@ -83,24 +82,9 @@ def _taken(several: Several, name: str, item: Mapping[str, Any]) -> tuple[str, A
     return text, beside
 
 
-def lines(source: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """Text and second text (or None) of every line: a text, or a JSON object. Raises DataError with the line."""
-    for number, line in enumerate(source, 1):
-        text = line.decode("utf-8", errors="replace") if isinstance(line, bytes) else line
-        text = text.rstrip("\r\n")
-        if not text.strip():
-            continue
-        if not text.startswith("{"):
-            yield text, None
-            continue
-        try:
-            item = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{at(STDIN, number)}: not JSON: {error}") from None
-        try:
-            yield Task.take(item)
-        except ValueError as error:
-            raise DataError(f"{at(STDIN, number)}: {error}") from None
+def lines(several: Several, source: Any, encoding: str) -> Iterator[tuple[str, Any]]:
+    """What every line of a stream asks: a text, or an object as in a request. Raises DataError with the line."""
+    return stream_items(stream_lines(source, encoding), several.take)
 
 
 def examples_of(several: Several, rows: Rows, tokenizer: FastTokenizer, max_length: int) -> AskedExamples:
@@ -122,8 +106,9 @@ def examples_of(several: Several, rows: Rows, tokenizer: FastTokenizer, max_leng
             for number in range(len(made.store)):
                 row = group[number if made.row_of is None else int(made.row_of[number])]
                 key, sequence = _sequence(made.store, number)
-                if key not in found[row]:
-                    found[row][key] = (*sequence, _cut(made, number, tokenizer, max_length))
+                # The first window of one task may be the cut text of another.
+                cut = max(_cut(made, number, tokenizer, max_length), found[row].get(key, (None, None, 0))[2])
+                found[row][key] = (*sequence, cut)
                 keys.append((row, key))
             parts.append((name, group, made, keys))
     numbers: dict[tuple[int, bytes], int] = {}
@@ -170,7 +155,9 @@ def _sequence(store: TokenStore, number: int) -> tuple[bytes, tuple[np.ndarray, 
 
 
 def _cut(made: Examples, number: int, tokenizer: FastTokenizer, max_length: int) -> int:
-    """Tokens that a sequence of a whole text or pair lost; windows lose none."""
+    """Tokens that did not fit a sequence."""
+    if made.cuts is not None:
+        return int(made.cuts[number])
     if made.row_of is not None or not made.store.truncated or int(made.store.lengths[number]) < max_length:
         return 0
     texts = [made.rows.texts[number]] + ([] if made.rows.pairs is None else [made.rows.pairs[number]])

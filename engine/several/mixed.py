@@ -126,5 +126,5 @@ def _joined_rows(parts: Mapping[str, Examples]) -> MixedRows:
         np.concatenate([rows.lines for rows in each]),
         pairs,
         {f"{name}: {rule}": n for name, part in parts.items() for rule, n in part.rows.dropped.items()},
-        tuple(each),
+        parts=tuple(each),
     )

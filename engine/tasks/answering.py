@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LONGEST_QUESTION = 64  # tokens
 CANDIDATES = 20  # starts, and ends, that are combined in each window
 STRIDE = 128
+MOVED, ABSENT = "answers not at their offset", "answers nowhere in the context"
 
 
 class Answering(Task):
@@ -37,6 +38,7 @@ class Answering(Task):
     auto_model = "AutoModelForQuestionAnswering"
     labels = ()
     metrics_known = ("f1", "exact_match")
+    remarks = (MOVED, ABSENT)
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Answering(Task):
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
         if isinstance(source, str):
             rows = cls.read(source, data, split="predict", need_labels=False)
+            dropped.update(rows.dropped)
             return zip(rows.texts, rows.pairs or (), strict=True)
         columns = data.columns.model_copy(update={"text": "question", "text_pair": "context", "label": "answers"})
         return super().inputs(source, data.model_copy(update={"columns": columns}), dropped)
@@ -164,11 +167,9 @@ class Answering(Task):
         shape = template(tokenizer, 2)
         builder = StoreBuilder(tokenizer)
         parts: dict[str, list[Any]] = {"row": [], "chars": [], "best": [], "target": []}
-        cut = long = 0
+        cuts: list[int] = []
         for row, question in enumerate(pieces_of(tokenizer, rows.texts, rows.where)):
             most = min(LONGEST_QUESTION, (max_length - shape.tokens) // 2)
-            lost = max(0, len(question.ids) - most)
-            cut, long = cut + lost, long + bool(lost)
             span = None if spans is None else spans[row]
             self._add_windows(
                 builder,
@@ -180,15 +181,18 @@ class Answering(Task):
                 max_length,
                 span,
             )
+            # A question's windows lose the same tokens; they count once. Of the context nothing is lost.
+            cuts += [max(0, len(question.ids) - most), *[0] * (len(parts["row"]) - len(cuts) - 1)]
         return Examples(
             rows,
-            builder.store(truncated=long, cut_tokens=cut),
+            builder.store(truncated=sum(cut > 0 for cut in cuts), cut_tokens=sum(cuts)),
             np.array(parts["target"], dtype=np.int64).reshape(-1, 2) if labelled else None,
             np.ones(len(parts["row"]), dtype=np.float32),
             row_of=np.array(parts["row"], dtype=np.int64),
             chars=np.concatenate(parts["chars"]) if parts["chars"] else np.zeros((0, 2), np.int32),
             words=np.concatenate(parts["best"]) if parts["best"] else np.zeros(0, np.int32),
             counts=_counts(rows) if labelled else {},
+            cuts=np.array(cuts, dtype=np.int64),
         )
 
     def _add_windows(
@@ -366,5 +370,5 @@ def _counts(rows: Rows) -> dict[str, int]:
                 moved += 1
                 absent += text not in context
     if moved:
-        found |= {"answers not at their offset": moved, "answers nowhere in the context": absent}
+        found |= {MOVED: moved, ABSENT: absent}
     return found

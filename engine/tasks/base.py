@@ -96,6 +96,7 @@ class Task(ABC):
     metrics_known: ClassVar[tuple[str, ...]]
     scale: tuple[float, float] | None = None  # mean and spread of numeric targets, see output_scale.py
     smaller_is_better: ClassVar[tuple[str, ...]] = ("loss", "mse", "mae")
+    remarks: ClassVar[tuple[str, ...]] = ()  # of `Examples.counts`, those that are no labels: told when a run begins
 
     @classmethod
     @abstractmethod
@@ -153,6 +154,10 @@ class Task(ABC):
 
         return read_file(path, data, split=split, task_type=cls.kind(), need_labels=need_labels, limit=limit)
 
+    def like_training(self, data: DataConfig) -> DataConfig:
+        """`data` for held-out rows: what it leaves open is as it was found in the training rows."""
+        return data
+
     @classmethod
     def kind(cls) -> str:
         """What a usable label looks like to the readers of rows: 'classification', 'multilabel' or 'regression'."""
@@ -174,6 +179,11 @@ class Task(ABC):
         if not isinstance(item.get("text"), str):
             raise ValueError("text: expected a text" if "text" in item else "text: field required")
         return item["text"], item.get("text_pair")
+
+    @classmethod
+    def beside(cls, text: str, other: Any) -> dict[str, Any]:
+        """What stood beside a text, as `take` gave it, in the words of the input: for `predict` to repeat."""
+        return {} if other is None else {"text_pair": other}
 
     def examples(
         self,

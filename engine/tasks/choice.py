@@ -3,16 +3,16 @@ a softmax over the choices of a row decides."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.engine.data.cells import parse_json_line
+from regraft.engine.data.cells import parse_json_line, refuse_halves
+from regraft.engine.data.read import stream_items, stream_lines
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import find_source, open_lines
-from regraft.engine.data.tokens import encode
+from regraft.engine.data.tokens import encode_counted
 from regraft.engine.errors import ConfigError, DataError, at, nearest
 from regraft.engine.examples import Examples
 from regraft.engine.tasks.base import Metrics, Outputs, Prediction, Task
@@ -45,17 +45,27 @@ class Choice(Task):
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
         if isinstance(source, str):
             rows = cls.read(source, data, split="predict", need_labels=False)
+            dropped.update(rows.dropped)
             return zip(rows.texts, rows.pairs or (), strict=True)
-        return (cls.take(json.loads(line)) for line in source if line.strip())
+        columns = data.columns
+        names = {"text": str(columns.text), "choices": str(columns.text_pair or "choices")}
+        return stream_items(
+            stream_lines(source, data.encoding),
+            lambda item: cls.take({k: item.get(n, item.get(k)) for k, n in names.items()}),
+        )
 
     @classmethod
     def take(cls, item: Mapping[str, Any]) -> tuple[str, Any]:
         if not isinstance(item.get("text"), str):
-            raise ValueError("text: field required")
+            raise ValueError("text: expected a text" if item.get("text") is not None else "text: field required")
         choices = item.get("choices")
         if not isinstance(choices, list | tuple) or len(choices) < 2 or not all(isinstance(c, str) for c in choices):
             raise ValueError("choices: expected a list of at least two texts")
         return item["text"], tuple(choices)
+
+    @classmethod
+    def beside(cls, text: str, other: Any) -> dict[str, Any]:
+        return {}  # an answer lists the choices itself
 
     @classmethod
     def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> Choice:
@@ -94,7 +104,7 @@ class Choice(Task):
         sizes = np.array([len(choices) for choices in rows.pairs], dtype=np.int64)
         row_of = np.repeat(np.arange(len(rows)), sizes)
         texts = [rows.texts[r] for r in row_of.tolist()]
-        store = encode(texts, [c for choices in rows.pairs for c in choices], tokenizer, max_length)
+        store, cuts = encode_counted(texts, [c for choices in rows.pairs for c in choices], tokenizer, max_length)
         groups = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         targets = None
         weights = np.ones(len(store), dtype=np.float32)
@@ -105,7 +115,7 @@ class Choice(Task):
             chosen[groups[:-1] + right] = 1
             targets = np.stack([chosen, row_of], axis=1)
             weights = chosen.astype(np.float32)  # a row counts once
-        return Examples(rows, store, targets, weights, row_of=row_of, groups=groups)
+        return Examples(rows, store, targets, weights, row_of=row_of, groups=groups, cuts=cuts)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Cross-entropy over each row's choices. Shape: logits [B, 1], targets [B, 2], weights [B]."""
@@ -195,6 +205,7 @@ def read_choices(path: str, data: DataConfig, *, split: str, need_labels: bool, 
                 continue
             place = at(path, number)
             values = parse_json_line(line, str(path), number)
+            refuse_halves(line, [values.get(name) for name in names], place)
             for name in names[: 3 if need_labels else 2]:
                 if name not in values:
                     raise DataError(
@@ -217,7 +228,7 @@ def read_choices(path: str, data: DataConfig, *, split: str, need_labels: bool, 
 def _number(label: Any, choices: Sequence[str], place: str, needed: bool) -> int | None:
     if label in choices:
         return choices.index(label)
-    number = int(label) if isinstance(label, str) and label.isdigit() else label
+    number = int(label) if isinstance(label, str) and label.isdecimal() else label
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(choices):
         return number
     if label is None and not needed:

@@ -53,17 +53,35 @@ class Crf:
             self._values = [p.detach().float().cpu().numpy().copy() for p in self.parameters()]
         return [np.where(never, np.float32(NEVER), v) for v, never in zip(self._values, self.never, strict=True)]
 
-    def log_likelihood(self, emissions: Tensor, tags: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """log P(tags) of each sequence of words, [B]. Shape: emissions [N, C], tags [N], cu_seqlens [B + 1]."""
+    def log_likelihood(
+        self,
+        emissions: Tensor,
+        tags: Tensor,
+        cu_seqlens: Tensor,
+        begins: Tensor | None = None,
+        ends: Tensor | None = None,
+    ) -> Tensor:
+        """log P(tags) of each sequence of words, [B]. Shape: emissions [N, C], tags [N], cu_seqlens [B + 1].
+
+        `begins`, `ends` [B] bool: whether the sequence has the first, and the last, word of its text (None: all do).
+        What the scheme says of a text's first and last tag holds for those alone.
+        """
         import torch
 
         from regraft.kernels.crf import log_likelihood
 
-        scores = [
+        moves, starts, stops = (
             p.float().masked_fill(torch.from_numpy(never).to(p.device), NEVER)
             for p, never in zip(self.parameters(), self.never, strict=True)
-        ]
-        return log_likelihood(emissions.float().contiguous(), tags, cu_seqlens, *scores)
+        )
+        some = cu_seqlens[1:] > cu_seqlens[:-1]
+        begins, ends = (some if edge is None else edge & some for edge in (begins, ends))
+        first, last = cu_seqlens[:-1][begins], cu_seqlens[1:][ends] - 1
+        # Not every sequence has them, so they are added to the words they are about.
+        emissions = emissions.float().index_add(0, first, starts.expand(len(first), -1))
+        emissions = emissions.index_add(0, last, stops.expand(len(last), -1))
+        free = torch.zeros_like(starts)
+        return log_likelihood(emissions.contiguous(), tags, cu_seqlens, moves, free, free)
 
     def best(self, emissions: Sequence[np.ndarray]) -> list[np.ndarray]:
         """The best tags of each sequence."""

@@ -11,6 +11,8 @@ import numpy as np
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError, nearest
 
+NUMBER = re.compile(r"-?\d+")
+DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 WHOLE = re.compile(r"-?\d+\.0+")  # a whole number as a column of decimals writes it
 
 
@@ -24,9 +26,14 @@ def name_of(value: Any) -> str:
     return name[: name.index(".")] if WHOLE.fullmatch(name) else name
 
 
+def value_of(name: str) -> float | None:
+    """The number that a label's name spells; None for any other name."""
+    return float(name) if DECIMAL.fullmatch(name) else None
+
+
 def in_order(names: set[str]) -> tuple[str, ...]:
     """Whole numbers by value, anything else by name: the same order for the same set of labels, always."""
-    if all(n.lstrip("-").isdigit() for n in names):
+    if all(map(NUMBER.fullmatch, names)):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 
@@ -44,7 +51,7 @@ def index_by_name(labels: tuple[str, ...], *, numbered: bool) -> dict[str, int]:
     Names that were found in data have no such order: 0 is nobody's label there.
     """
     index: dict[str, int] = {}
-    if numbered and not any(n.lstrip("-").isdigit() for n in labels):
+    if numbered and not any(value_of(n) is not None for n in labels):
         index = {str(i): i for i in range(len(labels))}
     return index | {name_of(name): i for i, name in enumerate(labels)}
 

@@ -14,7 +14,7 @@ import numpy as np
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.tasks.base import Metrics, Prediction, Task, ranked
-from regraft.engine.tasks.labels import find_names, label_index
+from regraft.engine.tasks.labels import find_names, label_index, value_of
 from regraft.engine.tasks.multilabel import sigmoid
 
 if TYPE_CHECKING:
@@ -42,9 +42,12 @@ class Ordinal(Task):
         names = tuple(config.labels) if config.labels else find_names(train, label_column)
         if len(names) < 2:
             raise DataError(f"{train.path}: all {len(train)} rows have the label {names[0]!r}")
-        numbers = all(name.lstrip("-").isdigit() for name in names)
-        if not config.labels and not numbers:
-            raise ConfigError(f"task.labels: the order of {', '.join(names[:8])} is not known; list them, lowest first")
+        if not config.labels:
+            values = {name: value_of(name) for name in names}
+            if None in values.values():
+                shown = ", ".join(names[:8])
+                raise ConfigError(f"task.labels: the order of {shown} is not known; list them, lowest first")
+            names = tuple(sorted(names, key=lambda name: values[name] or 0.0))
         return cls(names, metric=config.metric)
 
     @classmethod

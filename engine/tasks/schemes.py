@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from regraft.engine.errors import nearest
 SCHEMES = ("iob1", "iob2", "bioes", "none")
 PREFIXES = {"iob1": "BIO", "iob2": "BIO", "bioes": "BIOES"}
 ALIASES = {"L": "E", "U": "S", "M": "I"}
+MISTYPED = re.compile(r"^[BIESLUM]\W|^[BIESLUM]_")  # the prefix in B_PER or B:PER
 Chunk = tuple[int, int, str]  # first word, word after the last, type
 
 
@@ -26,12 +28,34 @@ def is_scheme_tag(tag: str) -> bool:
     return tag == "O" or (prefix in "BIES" and len(prefix) == 1 and bool(kind))
 
 
-def guess_scheme(tags: Iterable[str]) -> str:
-    """'none' where some tag has no prefix, 'bioes' where some end is marked, else 'iob2' (which IOB1 reads as too)."""
-    seen = set(tags)
-    if not all(map(is_scheme_tag, seen)) or seen <= {"O"}:
+def guess_scheme(sentences: Iterable[Sequence[str]]) -> str:
+    """The scheme that the tags of a file are written in.
+
+    'none' where most tags (O aside) have no prefix; the odd one that has none in another file is left for `refuse`.
+    Else 'bioes' where some end is marked, 'iob1' where B marks only what touches a span of its type and some span
+    begins with I, and 'iob2' for the rest, a file of O alone among them.
+    """
+    plain = marked = 0
+    ends = begins_with_i = stray_b = False
+    for tags in sentences:
+        before = ("O", "")
+        for tag in tags:
+            if not is_scheme_tag(tag):
+                plain += 1
+                before = ("O", "")
+                continue
+            prefix, kind = split_tag(tag)
+            marked += tag != "O"
+            ends |= prefix in "ES"
+            goes_on = before[0] != "O" and before[1] == kind
+            begins_with_i |= prefix == "I" and not goes_on
+            stray_b |= prefix == "B" and not goes_on
+            before = (prefix, kind)
+    if plain > marked:
         return "none"
-    return "bioes" if any(split_tag(tag)[0] in "ES" for tag in seen) else "iob2"
+    if ends:
+        return "bioes"
+    return "iob1" if begins_with_i and not stray_b else "iob2"
 
 
 def refuse(tags: Sequence[str], scheme: str) -> tuple[int, str] | None:
@@ -41,13 +65,17 @@ def refuse(tags: Sequence[str], scheme: str) -> tuple[int, str] | None:
         prefix, kind = split_tag(tag)
         allowed = PREFIXES[scheme]
         if tag != "O" and (not kind or prefix not in allowed or len(prefix) != 1 or prefix == "O"):
-            known = [f"{p}-{kind or tag}" for p in allowed if p != "O"]
+            known = [f"{p}-{kind or MISTYPED.sub('', tag)}" for p in allowed if p != "O"]
             return (
                 i,
-                f"tag {tag!r} is not of the scheme {scheme}{nearest(tag, known)}; expected O or one of {allowed[:-1] if scheme != 'bioes' else 'BIES'} with -TYPE",
+                f"tag {tag!r} is not of the scheme {scheme}{nearest(tag, known)}; expected O or one of {allowed.replace('O', '')} "
+                "with -TYPE (data.tag_scheme: none takes every tag as it stands)",
             )
         if scheme == "iob2" and prefix == "I" and (before[0] == "O" or before[1] != kind):
-            return i, f"tag {tag!r} continues what did not begin (scheme iob2): expected 'B-{kind}'"
+            return i, (
+                f"tag {tag!r} continues what did not begin (scheme iob2): expected 'B-{kind}'; "
+                "data.tag_scheme: iob1 lets a span begin so"
+            )
         if scheme == "bioes":
             inside = before[0] in "BI"
             if (prefix in "IE") != inside or (inside and before[1] != kind):

@@ -124,15 +124,25 @@ class Several(Task):
 
         return take(self, item)
 
+    def beside(self, text: str, other: Any) -> dict[str, Any]:  # type: ignore[override]
+        from regraft.engine.several.asked import Asked
+
+        if not isinstance(other, Asked):
+            return super().beside(text, other)
+        found: dict[str, Any] = {}
+        for name, (own_text, own_other) in other.inputs.items():
+            found |= self.tasks[name].beside(own_text, own_other)
+        return found
+
     def inputs(self, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
-        """Texts, or lines of JSON with `text` and perhaps `text_pair`."""
+        """Lines of texts, or of JSON objects as in requests."""
         from regraft.engine.several.asked import lines
 
         if isinstance(source, str):
             raise DataError(
                 f"{source}: its columns are those of one task; name it with --task: {', '.join(self.tasks)}"
             )
-        return lines(source)
+        return lines(self, source, data.encoding)
 
     def examples(
         self,

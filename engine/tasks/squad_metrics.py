@@ -16,7 +16,6 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = set(string.punctuation)
 # As CMRC 2018's script lists it.
 CHINESE_PUNCTUATION = set("-:_*^/\\~`+=，。：？！“”；’《》…·、「」（）－～『』")
-HAN = re.compile("[\u4e00-\u9fa5]")
 
 
 def normal_english(text: str) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from regraft.engine.data.cells import parse_json_line
+from regraft.engine.data.read import STDIN, stream_items, stream_lines, stream_rows
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.spans import COLUMNS, CharSpans, read_spans
 from regraft.engine.errors import ConfigError, DataError, nearest
@@ -19,7 +21,7 @@ from regraft.engine.tasks.base import TOKENS, Metrics, Outputs, Prediction, Span
 from regraft.engine.tasks.classification import softmax
 from regraft.engine.tasks.crf import Crf
 from regraft.engine.tasks.labels import in_order
-from regraft.engine.tasks.schemes import chunks, spell, strict_chunks, tag_names
+from regraft.engine.tasks.schemes import Chunk, chunks, spell, strict_chunks, tag_names
 from regraft.engine.tasks.span_metrics import SpanMetrics
 from regraft.engine.tasks.windows import StoreBuilder, best_window, pieces_of, template, windows
 from regraft.engine.tasks.words import Words, joined, words_of
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from regraft.engine.data.fast_tokenizer import FastTokenizer
 
 NO_TARGET = -100
+ODD = "spans that do not fit words"
+BEGINS, ENDS = 1, 2  # a window that holds the beginning, the end, of its text
 
 
 class Tagging(Task):
@@ -38,12 +42,14 @@ class Tagging(Task):
     reads = TOKENS
     auto_model = "AutoModelForTokenClassification"
     metrics_known = ("f1", "precision", "recall", "strict_f1", "macro_f1", "accuracy")
+    remarks = (ODD,)
 
     def __init__(
         self,
         kinds: tuple[str, ...],
         *,
         tags: str = "iob2",
+        written: str = "auto",
         crf: bool = False,
         scores: Sequence[Any] | None = None,
         alignment: str = "first",
@@ -52,6 +58,7 @@ class Tagging(Task):
         metric: str | None = None,
     ) -> None:
         self.kinds, self.tags, self.alignment, self.stride = kinds, tags, alignment, stride
+        self.written = written  # the scheme of the training rows' file
         self.labels = tag_names(kinds, tags)
         self.label_smoothing = label_smoothing
         self.crf = Crf(self.labels, tags, scores) if crf else None
@@ -67,23 +74,50 @@ class Tagging(Task):
     ) -> Rows:
         return read_spans(path, data, split=split, need_labels=need_labels, limit=limit, scheme=data.tag_scheme)
 
+    def like_training(self, data: DataConfig) -> DataConfig:
+        # Which scheme marks its spans, a file shows. That each word's tag stands for itself, few rows may not show.
+        plain = data.tag_scheme == "auto" and self.written == "none"
+        return data.model_copy(update={"tag_scheme": "none"}) if plain else data
+
     @classmethod
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
-        if isinstance(source, str) and not source.endswith(".txt"):
-            rows = cls.read(source, data, split="predict", need_labels=False)
-            dropped.update(rows.dropped)
-            return iter([(rows.texts[i], rows.pairs[i] if rows.pairs else None) for i in range(len(rows))])
-        return super().inputs(source, data.model_copy(update={"empty": "keep"}), dropped)
+        kept = data.model_copy(update={"empty": "keep"})
+        if not isinstance(source, str):
+            return cls._of_lines(stream_lines(source, data.encoding), kept, dropped)
+        if data.format == "auto" and source.lower().removesuffix(".gz").endswith(".txt"):
+            return super().inputs(source, kept, dropped)
+        rows = cls.read(source, data, split="predict", need_labels=False)
+        dropped.update(rows.dropped)
+        return iter([(rows.texts[i], rows.pairs[i] if rows.pairs else None) for i in range(len(rows))])
+
+    @classmethod
+    def _of_lines(
+        cls, lines: Iterator[tuple[int, str]], data: DataConfig, dropped: dict[str, int]
+    ) -> Iterator[tuple[str, Any]]:
+        """Texts, objects with the columns of `data`, or {"words": [...]} as in a request."""
+        for number, line in lines:
+            item = parse_json_line(line, STDIN, number) if line.startswith("{") else {}
+            if "words" in item and data.columns.text not in item:
+                yield from stream_items([(number, line)], lambda item: cls.take({"words": item["words"]}))
+            else:
+                yield from ((row.text, row.pair) for row in stream_rows([(number, line)], data, dropped))
 
     @classmethod
     def take(cls, item: Mapping[str, Any]) -> tuple[str, Any]:
         if set(item) == {"words"}:
-            if not all(isinstance(word, str) and word.strip() for word in item["words"]):
+            words = item["words"]
+            if not isinstance(words, list | tuple) or not words:
+                raise ValueError("words: expected a list of words")
+            if not all(isinstance(word, str) and word.strip() for word in words):
                 raise ValueError("words: expected words that are not empty")
-            return joined(item["words"])
+            return joined(words)
         if item.get("text_pair") is not None:
             raise ValueError("text_pair: this task takes one text")
         return super().take(item)
+
+    @classmethod
+    def beside(cls, text: str, other: Any) -> dict[str, Any]:
+        return {} if other is None else {"words": [text[start:end] for start, end in other]}
 
     @classmethod
     def from_rows(cls, config: TaskConfig, train: Rows, label_column: str | int) -> Tagging:
@@ -99,6 +133,7 @@ class Tagging(Task):
         return cls(
             kinds,
             tags=tags,
+            written=train.scheme or "auto",
             crf=config.crf,
             alignment=config.alignment,
             stride=config.stride,
@@ -109,7 +144,7 @@ class Tagging(Task):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Tagging:
         known = {key: spec[key] for key in ("tags", "crf", "scores", "alignment", "stride", "metric")}
-        return cls(tuple(spec["kinds"]), **known)
+        return cls(tuple(spec["kinds"]), written=spec.get("written", "auto"), **known)
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -117,6 +152,7 @@ class Tagging(Task):
             "kinds": list(self.kinds),
             "labels": list(self.labels),
             "tags": self.tags,
+            "written": self.written,
             "crf": self.crf is not None,
             "scores": None if self.crf is None else [v.tolist() for v in self.crf.values()],
             "alignment": self.alignment,
@@ -150,7 +186,7 @@ class Tagging(Task):
         for row, spans in enumerate(rows.labels):
             strange = next((kind for _, _, kind in spans if kind not in self.kinds), None)
             if strange is None:
-                targets.append(self._numbers(spans, self.words(rows, row)))
+                targets.append(self._numbers(spans, self.words(rows, row))[0])
                 kept.append(row)
             elif unknown == "error":
                 raise DataError(
@@ -161,16 +197,17 @@ class Tagging(Task):
         found[:] = targets
         return found, np.array(kept, dtype=np.int64)
 
-    def _numbers(self, spans: CharSpans, words: Words) -> np.ndarray:
-        starts = np.array([start for start, _ in words], dtype=np.int64)
-        within = []
-        for start, end, kind in spans:
-            first, last = np.searchsorted(starts, [start, end])
-            if last > first:
-                within.append((int(first), int(last), kind))
+    def _numbers(self, spans: CharSpans, words: Words, seen: np.ndarray | None = None) -> tuple[np.ndarray, int]:
+        """The number of every word's tag, [words], and how many spans do not begin and end where words do.
+
+        `seen`: the words that have tokens. Tags are spelled over these, so that a span goes on from one to the next.
+        """
         number = {tag: i for i, tag in enumerate(self.labels)}
-        tags = spell(within, len(words), self.tags)
-        return np.array([number.get(tag, NO_TARGET) for tag in tags], dtype=np.int64)
+        covered, odd = covered_words(spans, words)
+        tags = np.array([number.get(t, NO_TARGET) for t in spell(covered, len(words), self.tags)], dtype=np.int64)
+        if seen is not None and len(seen) < len(words):
+            tags[seen] = self._numbers(spans, tuple(words[i] for i in seen))[0]
+        return tags, odd
 
     def weights(self, targets: np.ndarray) -> np.ndarray:
         return np.array([(t != NO_TARGET).sum() for t in targets], dtype=np.float32)
@@ -185,9 +222,8 @@ class Tagging(Task):
         unknown: str = "error",
         labelled: bool = True,
     ) -> Examples:
-        targets = None
         if labelled:
-            targets, kept = self.encode(rows, label_column, unknown)
+            _, kept = self.encode(rows, label_column, unknown)
             if len(kept) < len(rows):
                 rows = rows.take(kept, dropped={**rows.dropped, "unknown_label": len(rows) - len(kept)})
         shape = template(tokenizer)
@@ -195,13 +231,19 @@ class Tagging(Task):
         row_of: list[int] = []
         words: list[np.ndarray] = []
         wanted: list[np.ndarray] = []
+        odd = 0
         for row, pieces in enumerate(pieces_of(tokenizer, rows.texts, rows.where)):
-            owner = _word_of_token(pieces.chars, self.words(rows, row))
+            text_words = self.words(rows, row)
+            owner = _word_of_token(pieces.chars, text_words)
             spans = windows(len(pieces.ids), max_length - shape.tokens, self.stride)
             best = best_window(spans, len(pieces.ids))
             first = np.flatnonzero((np.diff(owner, prepend=-1) != 0) & (owner >= 0))
             home = np.full(int(owner.max(initial=-1)) + 1, -1, dtype=np.int64)
             home[owner[first]] = best[first]  # the window that a word is judged in
+            tags = np.zeros(0, dtype=np.int64)
+            if labelled:
+                tags, strange = self._numbers(rows.labels[row], text_words, np.unique(owner[first]))  # type: ignore[index]
+                odd += strange
             for number, (start, end) in enumerate(spans):
                 ids, types, places = shape.sequence(pieces.ids[start:end])
                 mine = np.where(owner[start:end] >= 0, home[owner[start:end]] == number, False)
@@ -210,10 +252,10 @@ class Tagging(Task):
                 builder.add(ids, types)
                 words.append(word)
                 row_of.append(row)
-                if targets is not None:
+                if labelled:
                     target = np.full(len(ids), NO_TARGET, dtype=np.int64)
                     begins = np.flatnonzero((np.diff(word, prepend=-1) != 0) & (word >= 0))
-                    target[begins] = targets[row][word[begins]]
+                    target[begins] = tags[word[begins]]
                     wanted.append(target)
         flat = np.concatenate(wanted) if wanted else None
         weights = np.array([(t != NO_TARGET).sum() for t in wanted] or [0.0] * len(row_of), dtype=np.float32)
@@ -224,7 +266,7 @@ class Tagging(Task):
             weights,
             row_of=np.array(row_of, dtype=np.int64),
             words=np.concatenate(words) if words else np.zeros(0, dtype=np.int32),
-            counts=self._counts(rows) if labelled else {},
+            counts=self._counts(rows) | ({ODD: odd} if odd else {}) if labelled else {},
         )
 
     def _counts(self, rows: Rows) -> dict[str, int]:
@@ -237,20 +279,29 @@ class Tagging(Task):
     # -- loss ----------------------------------------------------------------------------------------------------------
 
     def targets_of(self, examples: Examples, sequences: np.ndarray) -> np.ndarray:
-        """[T, 2]: the tag that a word's first token is to get, and the word each token is of."""
-        assert examples.targets is not None and examples.words is not None
+        """[T, 2]: the tag that a word's first token is to get, and the word each token is of; for a CRF [T, 3], with
+        BEGINS and ENDS of its window."""
+        assert examples.targets is not None and examples.words is not None and examples.row_of is not None
         tokens = examples.tokens(sequences)
-        return np.stack([examples.targets[tokens], examples.words[tokens].astype(np.int64)], axis=1)
+        columns = [examples.targets[tokens], examples.words[tokens].astype(np.int64)]
+        if self.crf is not None:
+            changes = np.concatenate([[True], np.diff(examples.row_of) != 0, [True]])
+            edges = BEGINS * changes[sequences] + ENDS * changes[sequences + 1]
+            columns.append(np.repeat(edges, examples.store.lengths[sequences]))
+        return np.stack(columns, axis=1)
 
     def loss(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         raise NotImplementedError("words stand in sequences: batch_loss")
 
     def batch_loss(self, logits: Any, targets: Tensor, weights: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Each word's negative log-likelihood, or each sequence's for a CRF, summed."""
+        """Each word's negative log-likelihood, or each sequence's for a CRF, summed.
+
+        A CRF's chain that a window cuts off its text may begin and end with any tag: within a span too.
+        """
         import torch
         from torch.nn.functional import cross_entropy
 
-        tags, words = targets.unbind(1)
+        tags, words, *edges = targets.unbind(1)
         first = tags != NO_TARGET
         owner = torch.repeat_interleave(
             torch.arange(len(lengths), device=tags.device), torch.as_tensor(lengths, device=tags.device)
@@ -261,7 +312,8 @@ class Tagging(Task):
             each = cross_entropy(emissions.float(), tags[first], reduction="none", label_smoothing=self.label_smoothing)
             return (each * (weights / counts.clamp(min=1))[owner[first]]).sum()
         bounds = torch.nn.functional.pad(counts.long().cumsum(0), (1, 0))
-        each = self.crf.log_likelihood(emissions, tags[first], bounds)
+        edge = edges[0][torch.as_tensor(lengths, device=tags.device).cumsum(0) - 1]
+        each = self.crf.log_likelihood(emissions, tags[first], bounds, (edge & BEGINS) > 0, (edge & ENDS) > 0)
         return -(each * (weights > 0)).sum()
 
     # -- answers -------------------------------------------------------------------------------------------------------
@@ -306,7 +358,7 @@ class Tagging(Task):
         assert isinstance(metrics, SpanMetrics) and examples.rows.labels is not None
         for row, (numbers, tags, _) in self._tagged(self._emissions(examples, sequences, outputs)).items():
             words = self.words(examples.rows, row)
-            gold = self._numbers(examples.rows.labels[row], words)
+            gold, _ = self._numbers(examples.rows.labels[row], words, numbers)
             found = self._names(numbers, tags, len(words))
             chosen = np.array([self.labels.index(t) if t else NO_TARGET for t in found], dtype=np.int64)
             known = gold != NO_TARGET
@@ -367,7 +419,7 @@ class Tagging(Task):
         found = []
         for row, (numbers, tags, chances) in self._tagged(self._emissions(examples, sequences, outputs)).items():
             words, gold = self.words(examples.rows, row), examples.rows.labels[row]  # type: ignore[index]
-            wanted = self._numbers(gold, words)[numbers]
+            wanted = self._numbers(gold, words, numbers)[0][numbers]
             known = wanted != NO_TARGET
             right = chances[np.arange(len(numbers))[known], wanted[known]]
             loss = float(-np.log(np.maximum(right, 1e-30)).sum())
@@ -383,6 +435,22 @@ class Tagging(Task):
 
 def _each(names: Sequence[str]) -> list[tuple[int, int, str]]:
     return [(i, i + 1, name) for i, name in enumerate(names) if name]
+
+
+def covered_words(spans: CharSpans, words: Words) -> tuple[list[Chunk], int]:
+    """The words that each span covers, in part at least, none of them twice; and how many of the spans do not begin
+    and end where words do."""
+    starts, ends = (np.array(bounds, dtype=np.int64) for bounds in (zip(*words, strict=True) if words else ((), ())))
+    found: list[Chunk] = []
+    odd = taken = 0
+    for start, end, kind in spans:
+        first = max(taken, int(np.searchsorted(ends, start, side="right")))
+        last = int(np.searchsorted(starts, end))
+        if first < last:
+            found.append((first, last, kind))
+            taken = last
+        odd += not (first < last and starts[first] == start and ends[last - 1] == end)
+    return found, odd
 
 
 def _tags_every_word(rows: Rows) -> bool:

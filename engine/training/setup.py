@@ -116,6 +116,7 @@ def examples_of(
             "cut_tokens": store.cut_tokens,
             "tokens": int(store.lengths.sum()),
             "labels": made.counts,
+            "remarks": {what: made.counts[what] for what in task.remarks if made.counts.get(what)},
         }
     return splits, notes
 
@@ -128,7 +129,7 @@ def _split_line(name: str, note: dict[str, Any], max_length: int) -> str:
         line += ", dropped: " + ", ".join(f"{n:,} {rule}" for rule, n in note["dropped"].items())
     if note["truncated_rows"]:
         line += f", {note['truncated_rows']:,} cut to {max_length} tokens ({note['cut_tokens']:,} tokens lost)"
-    return line
+    return line + "".join(f", {n:,} {what}" for what, n in note["remarks"].items())
 
 
 def set_threads(config: RunConfig) -> int:

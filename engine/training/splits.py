@@ -22,6 +22,7 @@ def read_parts(config: RunConfig) -> tuple[Task, dict[str, Rows]]:
     data, kind = config.data, task_class(config.task.type)
     train = read_split(kind, data, "train")
     task = build_task(config.task, train, data.columns.label)
+    data = task.like_training(data)
     if data.dev is not None:
         dev = read_split(kind, data, "dev")
     else:

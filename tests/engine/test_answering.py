@@ -216,11 +216,30 @@ def test_squad_json_and_lines_give_the_same_rows(tmp_path):
         ('{"question": "\\ud83d", "context": "b", "answers": []}', "the question holds half of a character"),
         ('{"data": [{"paragraphs": [{"qas": [{"id": "x", "question": "a", "answers": []}]}]}]}', "question 'x': there is no context"),
         ('{"data": []}', "no questions"),
+        ('{"data": {"paragraphs": []}}', r"'data': expected a list of articles with paragraphs, found"),
+        ('{"data": [{"title": "x"}]}', r"article 1: expected an object with a list 'paragraphs', found"),
+        ('{"data": [{"paragraphs": [{"context": "x"}]}]}', r"paragraph 1: expected an object with a list 'qas', found"),
+        ("[1, 2]", r"article 1: expected an object with a list 'paragraphs', found 1"),
+        ('{"question": "a", "context": "b", "answers": ["b"]}', r":1: answers: expected a list of objects .*found \[\"b\"\]"),
+        ('{"question": "a", "context": "b", "answers": "b"}', r":1: answers: expected a list of objects .*found \"b\""),
+        ('{"question": "a", "context": "b c", "answers": {"text": ["b", "c"], "answer_start": [0]}}', r":1: answers: expected lists text and answer_start of one length"),
+        ('{\n "data": [\n  {"paragraphs": []},\n ]\n}', r"a\.json:(3|4): not valid JSON: .*at character"),
+        ('{"question": "a", "context": "b", "answers": [}\n{}', r"a\.json:1: not valid JSON: Expecting value at character 47"),
+        ('{"question": "a", "context": "b", "answers": []}\n{"question"}', r"a\.json:2: not valid JSON"),
     ],
 )  # fmt: skip
 def test_bad_questions_are_told_by_file_and_place(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read(tmp_path / "a.json", content)
+
+
+def test_tokens_of_a_question_that_is_cut_are_counted_once(tiny_model, tmp_path):
+    long = " ".join(["good"] * 70)
+    rows = Rows("t", "t", [long, "good"], None, np.arange(2), pairs=["film plot " * 60, "film"])
+    made = Answering(stride=20).examples(rows, load_fast_tokenizer(tiny_model), 48, labelled=False)
+    lost = 70 - (48 - 3) // 2
+    assert len(made.store) > 3 and made.store.cut_tokens == lost and made.store.truncated == 1
+    assert np.bincount(made.row_of, weights=made.cuts).tolist() == [lost, 0]
 
 
 def test_answers_that_do_not_stand_where_they_should_are_moved_or_left_out_and_counted(tmp_path, tiny_model):

@@ -63,6 +63,12 @@ def test_choices_are_learned_however_the_step_is_cut_and_served_the_same(make_co
     for mine, theirs in zip(answers, session.answers(prepared, session.run(prepared.items)), strict=True):
         pairs = zip(mine.extra["choices"], theirs.extra["choices"], strict=True)
         assert all(a["text"] == b["text"] and a["score"] == pytest.approx(b["score"], abs=1e-4) for a, b in pairs)
+    # One bad choice harms no other row, and what does not fit is counted.
+    prepared = session.prepare(["good", "good"], [("very \ud800", "b"), ("very bad", "film " * 200)])
+    assert list(prepared.problems) == [0] and "half of a surrogate pair" in prepared.problems[0]
+    assert prepared.owners == [1, 1] and [item.truncated for item in prepared.items] == [0, 1 + 200 + 3 - 64]
+    (answer,) = predict(trained, [("good", ("very bad", "film " * 200))])
+    assert answer.cut_tokens == 1 + 200 + 3 - 64
     # Losses, not weights: a softmax over choices does not depend on the bias they share, whose gradient is rounding,
     # and AdamW makes a whole step of that.
     losses: dict[str, list[float]] = {"whole": [], "cut": []}
@@ -81,6 +87,11 @@ def test_choices_are_learned_however_the_step_is_cut_and_served_the_same(make_co
             {"text": "a", "choices": ["b", "c"], "label": 2},
             r":1: the label 2 is neither a choice nor its number, 0 to 1",
         ),
+        (
+            {"text": "a", "choices": ["2", "c"], "label": "²"},
+            r":1: the label '²' is neither a choice nor its number, 0 to 1",
+        ),
+        ({"text": "a", "choices": ["b\ud800", "c"], "label": 0}, r"a\.jsonl:1: \\ud800 is half of a character"),
         ({"text": "a", "choice": ["b", "c"], "label": 0}, r"no key 'choices' \(did you mean 'choice'\?\)"),
     ],
 )
@@ -112,6 +123,20 @@ def test_an_order_that_is_not_known_must_be_given():
     ):
         Ordinal.from_rows(TaskConfig(type="ordinal"), rows, "label")
     assert Ordinal.from_rows(TaskConfig(type="ordinal", labels=["low", "high"]), rows, "label").outputs == 1
+
+
+def test_numbers_have_an_order_decimals_too():
+    rows = Rows("train", "t.csv", list("abcde"), ["10.5", "0.5", "1.0", 1.5, "-2"], np.arange(5))
+    task = Ordinal.from_rows(TaskConfig(type="ordinal"), rows, "label")
+    assert task.labels == ("-2", "0.5", "1", "1.5", "10.5")
+    assert task.encode(rows)[0].tolist() == [4, 1, 2, 3, 0]
+    # A number that is no label is not taken for a place among labels that are numbers.
+    other = Rows("dev", "d.csv", ["a"], [2], np.arange(1))
+    with pytest.raises(DataError, match=r"d\.csv.*label '2' is not one that training knows"):
+        Ordinal(("0.5", "1.5", "2.5")).encode(other)
+    odd = Rows("train", "t.csv", ["a", "b"], ["²", "1"], np.arange(2))
+    with pytest.raises(ConfigError, match=r"task\.labels: the order of 1, ² is not known"):
+        Ordinal.from_rows(TaskConfig(type="ordinal"), odd, "label")
 
 
 def test_an_ordinal_run_goes_from_rows_to_answers(make_config, tmp_path):

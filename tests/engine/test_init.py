@@ -264,3 +264,16 @@ def test_real_data_sets_are_understood(tmp_path, name, task_type, columns):
     assert config.task.type == task_type and config.data.columns.model_dump() == columns
     if config.data.dev:
         assert len(read_rows(config.data, "dev", task_type=task_type)) > 0
+
+
+def test_an_order_of_words_is_asked_for_and_numbers_have_one(tmp_path):
+    rows = "".join(f"a text number {i} that is here,{('low', 'high', 'middle')[i % 3]}\n" for i in range(30))
+    (tmp_path / "t.csv").write_text("text,label\n" + rows)
+    written = init_config(str(tmp_path / "t.csv"), task="ordinal", model="m")
+    assert "type: ordinal" in written and "# labels: [high, low, middle]" in written and "lowest first" in written
+    (tmp_path / "n.csv").write_text(
+        "text,label\n" + rows.replace("low", "0.5").replace("high", "1.0").replace("middle", "1.5")
+    )
+    written = init_config(str(tmp_path / "n.csv"), task="ordinal", model="m")
+    assert "numbers have one" in written and "quadratic_kappa" in written
+    assert main(["init", str(tmp_path / "n.csv"), "--task", "ordinal", "--out", str(tmp_path / "run.yaml")]) == 0

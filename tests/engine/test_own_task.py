@@ -50,6 +50,8 @@ def test_the_task_of_the_documentation_is_trained_evaluated_exported_and_served(
     done = regraft("predict", run, "good good film", "--format", "jsonl")
     answer = json.loads(done.stdout)
     assert answer.keys() == {"text", "good", "bad"}, done.stderr
+    done = regraft("predict", run, "good good film", "--format", "csv")
+    assert done.stdout.splitlines()[0] == "text,text_pair,label,cut_tokens", done.stderr
     done = regraft("export", run, "--to", tmp_path / "bundle")
     assert done.returncode == 0, done.stderr
     with running_server(tmp_path / "bundle") as server:

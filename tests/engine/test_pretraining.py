@@ -73,11 +73,20 @@ def test_a_tokenizer_is_learned_and_loads_in_transformers(kind, learned, texts, 
         (["--size", "20"], "--size: 20; a wordpiece vocabulary has at least 100 tokens"),
         (["--type", "bpe", "--cased"], "--cased: byte-level BPE always keeps capitals"),
         (["--to", "."], "exists already; --force replaces it"),
+        (["--max-length", "-5"], "--max-length: -5; expected at least 3"),
+        (["--min-count", "0"], "--min-count: 0; expected at least 1"),
     ],
 )
 def test_what_no_tokenizer_can_be_made_of_is_refused(arguments, said, texts, tmp_path, capsys):
     assert main(["tokenizer", str(texts), "--to", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_without_text_makes_no_tokenizer(tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert main(["tokenizer", str(tmp_path / "empty.txt"), "--to", str(tmp_path / "out")]) == 2
+    assert "empty.txt: there is no text to learn a tokenizer from" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -334,6 +334,11 @@ def test_every_kind_of_task_stands_beside_every_other(mixed):
     found = [trained.task.answer(a.prediction, None)["tasks"] for a in predict(trained, taken)]
     assert [sorted(each) for each in found] == [["entities", "stars"], ["questions"], ["choices"]]
     assert found[2]["choices"]["label"] in ("It broke.", "It sang.")
+    # What is cut is counted though another task reads the same tokens as a window, of which nothing is lost.
+    words = {"text": items[0]["text"], "tasks": ["entities"]}
+    long = [{"question": "Who came? " * 60, "context": "Ada came."}, items[0], words]
+    cut = [a.cut_tokens > 0 for a in predict(trained, [trained.task.take(item) for item in long])]
+    assert cut == [True, True, False]
 
 
 # -- answering ---------------------------------------------------------------------------------------------------------
@@ -422,10 +427,20 @@ def test_on_the_command_line_a_task_is_named(learned, mixed, capsys, monkeypatch
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     assert said("predict", learned.folder, "good film", "--task", "mood", "--format", "jsonl")[0]["label"] == "good"
-    lines = b'film\n{"text": "good film", "text_pair": "bad plot"}\n'
+    lines = b'film\n{"text": "good film", "text_pair": "bad plot"}\n\n{"words": ["good", "film"]}\n{"text": "film", "tasks": ["mood"]}\n'
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(lines)))
     found = said("predict", learned.folder, "--format", "jsonl")
-    assert [sorted(record["tasks"]) for record in found] == [["mood", "things"], ["alike"]]
+    assert [sorted(record["tasks"]) for record in found] == [["mood", "things"], ["alike"], ["things"], ["mood"]]
+    assert found[1]["text_pair"] == "bad plot" and found[2]["words"] == ["good", "film"]
+    for line, message in (
+        (b"film \xff", "<stdin>:2: byte 0xff at position 6 of the line is not utf-8"),
+        (b'{"txt": "film"}', "<stdin>:2: "),
+        (b"{broken", "<stdin>:2: not valid JSON"),
+        (b'{"words": ["\\ud800"]}', "<stdin>:2: \\ud800 is half of a character"),
+    ):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"film\n" + line)))
+        assert main(["predict", str(learned.folder), "--format", "jsonl"]) == 2
+        assert message in capsys.readouterr().err
     rows = mixed.tasks["alike"]["data"]["dev"]
     (record,) = said("evaluate", learned.folder, rows, "--task", "alike", "--format", "json")
     assert record["metrics"]["mse"] == pytest.approx(learned.metrics["dev"]["alike/mse"], rel=1e-4)

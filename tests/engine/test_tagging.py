@@ -7,16 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import regraft
-from regraft.engine.config import load_config
+from regraft.engine.config import DataConfig, load_config
 from regraft.engine.data.fast_tokenizer import load_fast_tokenizer
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import DataError
 from regraft.engine.export import export_bundle
-from regraft.engine.heldout import encoded
+from regraft.engine.heldout import encoded, heldout_rows
 from regraft.engine.predict import predict
 from regraft.engine.tasks.crf import Crf
 from regraft.engine.tasks.schemes import chunks, guess_scheme, refuse, spell, strict_chunks, tag_names
@@ -133,7 +134,8 @@ def test_every_scheme_spells_spans_so_that_they_are_read_back(parts):
         assert refuse(tags, scheme) is None
         if scheme != "iob1":
             assert strict_chunks(tags, scheme) == spans
-    assert guess_scheme(spell(spans, at, "bioes") or ["O"]) == ("bioes" if spans else "none")
+        assert chunks(tags) == spans and guess_scheme([tags]) in (scheme, "iob2")
+    assert guess_scheme([spell(spans, at, "bioes")]) == ("bioes" if spans else "iob2")
 
 
 @given(TEXTS)
@@ -209,6 +211,84 @@ def test_a_crf_never_leaves_its_scheme_and_its_marginals_are_exact():
     assert np.allclose(small.marginals([e])[0], expected / total, atol=1e-9)
 
 
+@pytest.mark.parametrize("tags", ["iob2", "bioes"])
+def test_a_crf_learns_a_span_that_windows_cut(make_config, tmp_path, tags):
+    text = "good film " * 2 + "sharp long plot " * 6 + "bad story " * 4
+    span = [text.index("sharp"), text.rindex("plot") + 4, "NAME"]
+    (tmp_path / "t.jsonl").write_text((json.dumps({"text": text, "label": [span]}) + "\n") * 12)
+    path = make_config(
+        data={"train": str(tmp_path / "t.jsonl"), "dev": str(tmp_path / "t.jsonl")},
+        model={"max_length": 16},
+        task={"type": "tagging", "crf": True, "tags": tags},
+        training={"epochs": 12, "batch_size": 8, "learning_rate": 1e-2, "precision": "fp32", "threads": 1},
+    )
+    losses: list[float] = []
+    result = train(load_config(path), quiet=True, on_step=lambda info: losses.append(info.loss))
+    assert max(losses) < 4, "a window's gold tags are a path that the scheme forbids"
+    assert result.metrics["dev"]["f1"] == 1.0
+
+
+def test_chains_that_begin_or_end_within_a_text_are_free_to(tiny_model):
+    task = Tagging(("A",), tags="bioes", crf=True)
+    model = torch.nn.Module()
+    task.attach(model)
+    with torch.no_grad():
+        for parameter in task.crf.parameters():
+            parameter.normal_()
+    moves, starts, ends = (torch.from_numpy(v).double() for v in task.crf.values())
+    emissions = torch.randn(3, task.outputs, dtype=torch.float64)
+    tags = torch.tensor([task.labels.index(t) for t in ("I-A", "E-A", "B-A")])
+
+    def chance(begins: bool, ends_too: bool) -> float:
+        def score(path):
+            own = emissions[range(3), list(path)].sum() + moves[path[0], path[1]] + moves[path[1], path[2]]
+            return own + begins * starts[path[0]] + ends_too * ends[path[2]]
+
+        every = torch.stack([score(path) for path in np.ndindex(*[task.outputs] * 3)])
+        return float(score(tags.tolist()) - every.logsumexp(0))
+
+    for begins, stops in ((False, False), (True, False), (False, True), (True, True)):
+        edges = [torch.tensor([x]) for x in (begins, stops)]
+        found = task.crf.log_likelihood(emissions, tags, torch.tensor([0, 3]), *edges)
+        assert float(found.detach()) == pytest.approx(chance(begins, stops), rel=1e-5)
+    assert chance(False, False) > -20 > -9000 > chance(True, False)
+
+
+def test_a_word_without_tokens_breaks_no_span(tiny_model):
+    tokenizer = load_fast_tokenizer(tiny_model)
+    text = "film \u200b sharp long \u200b plot"
+    spans = ((5, 17, "A"), (18, 24, "B"))  # each begins with a word that the tokenizer makes nothing of
+    rows = Rows("train", "t", [text], [spans], np.arange(1))
+    for tags, expected in (("iob2", "O B-A I-A B-B"), ("bioes", "O B-A E-A S-B")):
+        task = Tagging(("A", "B"), tags=tags, crf=True)
+        made = task.examples(rows, tokenizer, 24)
+        found = [task.labels[t] for t in made.targets[made.targets != NO_TARGET]]
+        assert found == expected.split()
+        assert refuse(found, tags) is None
+
+
+def test_spans_that_begin_or_end_within_a_word_take_the_whole_word_and_are_counted(
+    tagging_config, tmp_path, tiny_model
+):
+    text = "filmgood plot music"
+    label = ((4, 8, "A"), (9, 13, "A"), (15, 18, "B"))
+    rows = Rows("train", "t", [text, text], [label, ((0, 4, "A"), (4, 13, "B"))], np.arange(2))
+    task = Tagging(("A", "B"), tags="iob2")
+    made = task.examples(rows, load_fast_tokenizer(tiny_model), 32)
+    found = [task.labels[t] for t in made.targets[made.targets != NO_TARGET]]
+    assert found == ["B-A", "B-A", "B-B", "B-A", "B-B", "O"]
+    assert made.counts["spans that do not fit words"] == 4
+    (tmp_path / "t.jsonl").write_text((json.dumps({"text": text, "label": label}) + "\n") * 10)
+    told: list[str] = []
+    from regraft.engine.training.setup import prepare
+
+    prepare(
+        load_config(tagging_config(), [f"data.train={tmp_path / 't.jsonl'}", f"data.dev={tmp_path / 't.jsonl'}"]),
+        told.append,
+    )
+    assert any("spans that do not fit words" in line for line in told), told
+
+
 @pytest.mark.parametrize(("crf", "alignment"), [(True, "first"), (False, "mean")])
 def test_a_run_learns_predicts_exports_and_serves_the_same(tagging_config, tmp_path, crf, alignment):
     result = train(load_config(tagging_config(crf=crf, alignment=alignment)), quiet=True)
@@ -270,8 +350,6 @@ def test_it_speaks_on_the_command_line_and_over_http(tagging_config, tmp_path, c
 
 
 def rows_of(path: Path, content: str, **data: object) -> Rows:
-    from regraft.engine.config import DataConfig
-
     path.write_bytes(content.encode("utf-8", "surrogatepass"))
     return Tagging.read(str(path), DataConfig(train=str(path), **data), split="train")
 
@@ -294,9 +372,52 @@ def test_every_format_gives_the_same_spans(tmp_path):
     assert pos.labels == [((0, 2, "AUX"), (3, 6, "PART"))]
 
 
+def test_iob1_is_read_where_the_file_can_only_be_that(tmp_path):
+    iob1 = "Jo\tI-PER\nSmith\tI-PER\nAnn\tB-PER\nin\tO\nUSA\tI-LOC\n"
+    rows = rows_of(tmp_path / "a.conll", iob1)
+    assert rows.labels == [((0, 8, "PER"), (9, 12, "PER"), (16, 19, "LOC"))] and rows.scheme == "iob1"
+    assert rows_of(tmp_path / "b.conll", "Jo\tB-PER\nSmith\tB-PER\nx\tI-PER\n").scheme == "iob2"
+    with pytest.raises(DataError, match=r"c\.conll:3: tag 'I-LOC' continues .*data\.tag_scheme: iob1"):
+        rows_of(tmp_path / "c.conll", "Jo\tB-PER\nin\tO\nUSA\tI-LOC\n")
+
+
+def test_a_mistyped_tag_does_not_change_what_the_others_mean(tmp_path):
+    content = "Jo\tB-PER\nSmith\tI-PER\n\nAnn\tB_PER\nUSA\tB-LOC\n"
+    with pytest.raises(
+        DataError, match=r"a\.conll:4: tag 'B_PER' is not of the scheme iob2 \(did you mean 'B-PER'\?\)"
+    ):
+        rows_of(tmp_path / "a.conll", content)
+    listed = {"text": ["a", "b", "c"], "label": ["B-PER", "PERS", "B-LOC"]}
+    with pytest.raises(DataError, match=r"b\.jsonl:1, column 'label': tag 'PERS' is not of the scheme iob2"):
+        rows_of(tmp_path / "b.jsonl", json.dumps(listed))
+    # Where the rows are only read to be answered, their tags are nobody's business.
+    found = Tagging.read(str(tmp_path / "a.conll"), DataConfig(train="x"), split="predict", need_labels=False)
+    assert found.texts == ["Jo Smith", "Ann USA"] and found.labels is None
+
+
+def test_a_file_of_o_alone_has_no_spans_and_held_out_rows_are_read_as_the_training_rows_are(tagging_config, tmp_path):
+    empty = rows_of(tmp_path / "o.conll", "good\tO\nfilm\tO\n")
+    assert empty.labels == [()]
+    only = [f"data.dev={tmp_path / 'o.conll'}", "training.max_steps=1"]
+    result = train(load_config(tagging_config(), only), quiet=True)
+    done = regraft("evaluate", result.folder, tmp_path / "o.conll")
+    assert done.returncode == 0 and "1 rows" in done.stdout, done.stderr
+    # A tag of each word may be called O, too.
+    (tmp_path / "pos.conll").write_text("good\tJ\nfilm\tN\nvery\tO\n\n" * 8)
+    (tmp_path / "o2.conll").write_text("very\tO\n\nvery\tO\n\n")
+    data = [f"data.train={tmp_path / 'pos.conll'}", f"data.dev={tmp_path / 'o2.conll'}", "task.metric=accuracy"]
+    result = train(load_config(tagging_config("p.yaml"), [*data, f"run={tmp_path / 'pos'}"]), quiet=True)
+    assert result.metrics["dev"]["accuracy"] == 1.0
+    held_out = heldout_rows(load_trained(result.folder), None)
+    assert held_out.labels == [((0, 4, "O"),)] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "data", "message"),
     [
+        ("a.jsonl", '{"text": "Ann", "label": {"start": 0, "end": 3, "label": "A"}}', {}, r"a\.jsonl:1.*one span that is in no list"),
+        ("a.jsonl", '{"text": "Ann", "label": {"PER": ["Ann"]}}', {}, r"a\.jsonl:1.*expected \{type: \{surface: \[\[first, last\]\]\}\}.*'PER': \['Ann'\]"),
+        ("a.jsonl", '{"text": "Ann", "label": {"PER": {"Ann": [0, 2]}}}', {}, r"a\.jsonl:1.*expected \{type: \{surface: \[\[first, last\]\]\}\}"),
         ("a.conll", "Jo\tB-PER\nSmith\n", {}, r"a\.conll:2: expected 2 columns, found 1: Smith"),
         ("a.conll", "Jo\tO\nSmith\tI-PER\n", {"tag_scheme": "iob2"}, r"a\.conll:2: tag 'I-PER' continues what did not begin"),
         ("a.conll", "Jo\tS-PER\n", {"tag_scheme": "iob2"}, r"a\.conll:1: tag 'S-PER' is not of the scheme iob2"),

@@ -1,0 +1,141 @@
+"""Answers of every task as jsonl, csv and table; what a file or standard input may ask, and what is told of faults."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from regraft.engine.cli import main
+from regraft.engine.config import load_config
+from regraft.engine.training.run import train
+
+WORD = {"text": ["good", "film"], "label": ["B-A", "O"]}
+ROWS = {
+    "classification": {"text": "good film", "label": "x"},
+    "multilabel": {"text": "good film", "label": ["x"]},
+    "regression": {"text": "good film", "label": 1.5},
+    "ordinal": {"text": "good film", "label": 1},
+    "tagging": WORD,
+    "answering": {"question": "good", "context": "very good film", "answers": [{"text": "film", "answer_start": 10}]},
+    "choice": {"text": "good", "choices": ["film", "plot"], "label": 0},
+    "mlm": {"text": "good film very slow plot"},
+}
+OTHERS = {
+    "classification": {"text": "bad film", "label": "y"},
+    "multilabel": {"text": "bad film", "label": ["x", "y"]},
+    "regression": {"text": "bad film", "label": 0.5},
+    "ordinal": {"text": "bad film", "label": 2},
+}
+ASKED = {
+    "answering": {"question": "good", "context": "very good film"},
+    "choice": {"text": "good", "choices": ["film", "plot"]},
+    "tagging": {"words": ["good", "film"]},
+    "mlm": {"text": "good [MASK]"},
+}
+HEADER = "text,text_pair,label"
+SCORED = {"classification": ",x,y", "multilabel": ",x,y", "ordinal": ",1,2"}
+
+
+@pytest.fixture
+def run_of(make_config, tmp_path):
+    def make(kind: str) -> Path:
+        file = tmp_path / "rows.jsonl"
+        lines = [json.dumps(row) for row in (ROWS[kind], OTHERS.get(kind, ROWS[kind]))] * 8
+        file.write_text("\n".join(lines) + "\n")
+        config = make_config(
+            data={"train": str(file), "dev": str(file)},
+            task={"type": kind},
+            training={"max_steps": 1, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "threads": 1},
+        )
+        return train(load_config(config), quiet=True).folder
+
+    return make
+
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """The command with these lines on standard input: its exit code, output and complaint."""
+
+    def run(folder: Path, content: str | bytes, *options: str) -> tuple[int, str, str]:
+        content = content.encode() if isinstance(content, str) else content
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(content)))
+        code = main(["predict", str(folder), *map(str, options)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_every_task_answers_in_every_format(run_of, ask, kind):
+    folder, line = run_of(kind), json.dumps(ASKED.get(kind, {"text": "good film"})) + "\n"
+    code, out, err = ask(folder, line * 2, "--format", "jsonl")
+    assert code == 0 and len(out.splitlines()) == 2, err
+    record = json.loads(out.splitlines()[0])
+    if kind == "tagging":
+        assert record["words"] == ["good", "film"] and "text_pair" not in record
+    if kind == "choice":
+        assert [c["text"] for c in record["choices"]] == ["film", "plot"] and "text_pair" not in record
+    code, out, err = ask(folder, line * 2, "--format", "csv")
+    assert code == 0, err
+    header, *found = list(csv.reader(io.StringIO(out)))
+    assert ",".join(header) == f"{HEADER}{SCORED.get(kind, '')},cut_tokens"
+    assert len(found) == 2 and all(len(row) == len(header) for row in found)
+    code, out, err = ask(folder, line * 2, "--format", "csv", "--top-k", "1")
+    assert code == 0 and ("label_1" in out) == (kind in SCORED), err
+    code, out, err = ask(folder, line * 2, "--format", "table")
+    assert code == 0 and len(out.splitlines()) == 2 and "good" in out, err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hello", "<stdin>:2: choices: expected a list of at least two texts"),
+        ('{"text": "x"}', "<stdin>:2: choices: expected a list of at least two texts"),
+        ('{"choices": ["a", "b"]}', "<stdin>:2: text: field required"),
+        ("{broken", "<stdin>:2: not valid JSON"),
+        ('{"text": "x", "choices": ["a\\ud800", "b"]}', "<stdin>:2: \\ud800 is half of a character"),
+    ],
+)
+def test_what_is_no_choice_is_told_by_its_line(make_config, run_of, ask, line, message):
+    good = json.dumps(ASKED["choice"])
+    code, out, err = ask(run_of("choice"), f"{good}\n{line}\n")
+    assert (code, out.count("\n")) == (2, 0) and message in err
+
+
+def test_tags_are_asked_of_texts_of_words_and_of_files(run_of, ask, tmp_path):
+    folder = run_of("tagging")
+    code, out, err = ask(folder, 'good film\n\n{"text": "good", "id": 7}\n{"words": ["good", "film"]}\n')
+    assert code == 0, err
+    assert [json.loads(line)["text"] for line in out.splitlines()] == ["good film", "", "good", "good film"]
+    for line, message in (
+        (b'{"words": "good"}', "<stdin>:1: words: expected a list of words"),
+        (b'{"words": ["good", ""]}', "<stdin>:1: words: expected words that are not empty"),
+        (b'{"words": ["\\ud800"]}', "<stdin>:1: \\ud800 is half of a character"),
+        (b"caf\xe9", "<stdin>:1: byte 0xe9 at position 4"),
+    ):
+        code, _, err = ask(folder, line)
+        assert code == 2 and message in err
+    (tmp_path / "x.TXT.gz").write_bytes(gzip.compress(b"good film\nvery good\n"))
+    code, out, err = ask(folder, "", "--file", tmp_path / "x.TXT.gz")
+    assert code == 0 and len(out.splitlines()) == 2, err
+
+
+def test_questions_of_a_file_that_are_left_out_are_counted(run_of, ask, tmp_path):
+    folder = run_of("answering")
+    rows = [ASKED["answering"], {"question": " ", "context": "film"}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = ask(folder, "", "--file", tmp_path / "q.jsonl", "--set", "data.empty=drop")
+    assert code == 0 and len(out.splitlines()) == 1 and "1 rows left out: empty" in err
+    code, out, err = ask(folder, json.dumps({"question": "good " * 80, "context": "very good film"}))
+    most = (64 - 3) // 2  # tokens that a question may take of a model's 64
+    assert code == 0 and json.loads(out)["cut_tokens"] == 80 - most, err
+    assert np.isfinite(json.loads(out)["score"])
