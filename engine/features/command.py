@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     from regraft.engine.features.keep import stores
-    from regraft.engine.features.store import store_root
+    from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
     total = 0
@@ -49,7 +49,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from regraft.engine.features.keep import stores, verify
-    from regraft.engine.features.store import store_root
+    from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
     wrong = verify(root, delete=args.delete)
@@ -62,7 +62,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     from regraft.engine.errors import StoreError
     from regraft.engine.features.keep import prune, remove
-    from regraft.engine.features.store import store_root
+    from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
     if args.store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from regraft.engine.files import write_text
 from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import task_class
 from regraft.engine.tasks.base import FIRST
+
+log = logging.getLogger(__name__)
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "encoder_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "d_model", "n_embd")
@@ -153,8 +156,11 @@ def weights_hash(folder: Path, *, leave_out: str = "") -> str:
     for file in files:
         with file.open("rb") as opened:
             whole.update(hashlib.file_digest(opened, "sha256").digest())
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, whole.hexdigest())
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, whole.hexdigest())
+    except OSError as error:  # a full disk, say: the weights are only read again next time
+        log.warning("%s: the weights' checksum cannot be kept there for the next run: %s", kept.parent, error)
     return whole.hexdigest()
 
 
