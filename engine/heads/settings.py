@@ -54,8 +54,10 @@ class WordsConfig(Section):
     vectors: str | None = Field(None, description="GloVe or word2vec text, word2vec .bin, fastText .vec, .npz, .json")
     vocabulary: str | None = Field(None, description=".npz: JSON of word to row; null: vocab.json beside it")
     trained: bool = Field(False, description="vectors: go on training them")
-    unit: Literal["auto", "word", "character", "longest"] = Field(
-        "auto", description="longest: the longest words of the vocabulary, from the left, as for Chinese words"
+    unit: Literal["auto", "word", "mixed", "character", "longest"] = Field(
+        "auto",
+        description="mixed: words, and Chinese characters one by one; longest: the longest words of the vocabulary, from the "
+        "left, as for Chinese words",
     )
     dimension: int = Field(100, ge=1, description="scratch: width of the embedding")
     min_count: int = Field(2, ge=1, description="scratch: words seen less often in training are unknown")
