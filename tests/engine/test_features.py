@@ -354,6 +354,8 @@ def test_layers_that_do_not_exist_are_refused_before_anything_is_loaded(config_o
     for layers in ("3", "-4", "[0,9]"):
         with pytest.raises(ConfigError, match=r"has no layer .*0 \(the embeddings\) to 2"):
             feature_spec(config_of(f"features.layers={layers}"))
+    with pytest.raises(ConfigError, match=r"last4: .* has 2 layers and its embeddings; use all"):
+        feature_spec(config_of("features.layers=last4"))
     with pytest.raises(ConfigError, match="twice"):
         feature_spec(config_of("features.layers=[2,-1]"))
 
