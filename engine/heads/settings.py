@@ -38,7 +38,9 @@ class HeadConfig(Section):
     layer_norm: bool = Field(False, description="scalar mix: normalise each layer first")
     mix_penalty: float = Field(0.0, ge=0, description="scalar mix: lambda of ELMo's lambda * |w|^2")
     hidden: int = Field(256, ge=1, description="units of mlp, attention and each direction of bilstm; filters of cnn")
-    kernels: list[int] = Field([3, 4, 5], min_length=1, description="cnn: tokens each filter spans")
+    kernels: list[Annotated[int, Field(ge=1)]] = Field(
+        [3, 4, 5], min_length=1, description="cnn: tokens each filter spans"
+    )
     dropout: Fraction = 0.1
     c: float = Field(1.0, gt=0, description="logistic, svm: inverse strength of regularisation")
     descriptions: dict[str, str] = Field({}, description="zeroshot: what a label means, in words; default: its name")

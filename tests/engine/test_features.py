@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -431,6 +432,26 @@ def test_pruning_deletes_what_was_used_longest_ago(config_of, tmp_path):
     listed = regraft("features", "list", "--root", root).stdout
     assert folders[0] in listed
     assert folders[1] not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("RUN", "--root", "X"), r"--root: for `regraft features` list, verify, prune, .* features.store=FOLDER"),
+        (("RUN", "--to", "3"), "--to: for `regraft features` prune, not for"),
+        (("RUN", "--delete"), "--delete: for `regraft features` verify"),
+        (("RUN", "--clusters", "0"), "--clusters 0: expected at least 2"),
+        (("list", "--clusters", "3"), "--clusters: for `regraft features` a run's YAML file, not for list"),
+        (("list", "--set", "run=x"), "--set: for `regraft features` a run's YAML file"),
+        (("prune", "--to", "nan"), "prune: say how much may stay"),
+        (("prune", "--to", "1", "--store", "x"), "prune: --to GB or --store NAME"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(config_of, capsys, arguments, told):
+    from regraft.engine.cli import main
+
+    assert main(["features", *(str(config_of.path) if a == "RUN" else a for a in arguments)]) == 2
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_embeddings_equal_those_of_sentence_transformers(real_data, tmp_path):
