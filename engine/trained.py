@@ -6,6 +6,7 @@ It loads with `AutoModelForSequenceClassification.from_pretrained` and gives the
 from __future__ import annotations
 
 import json
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,6 +111,12 @@ def find_trained(path: str | Path) -> Path:
     if (path / "checkpoints").is_dir():
         raise ModelError(f"{path}: this run has no best model yet; start its training again to go on")
     raise ModelError(f"{path}: neither a run folder nor a model that Regraft trained ({FACTS} is missing)")
+
+
+def name_of(path: str | Path) -> str:
+    """What a trained model is called: its folder's name, or for the best/ in a run folder the run's."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 links keep the name they were given
+    return path.parent.name if path.name == "best" and (path.parent / "run.json").is_file() else path.name
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

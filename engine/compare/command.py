@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regraft.engine.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from regraft.engine.compare.results import Result
 
 UNITS = {"s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "": 1.0}
 
@@ -47,27 +55,64 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--seeds: at least 1; --folds: 0 for none, or at least 2")
     shares = sorted({*(_share(s) for s in args.shares.split(",")), 1.0})
     task, splits = splits_of(config)
+    rows = len(splits["train"][0])
+    if args.folds > rows:
+        raise ConfigError(f"--folds {args.folds}: there are {rows} training rows")
     budget = seconds(args.budget)
-    results = compare(
-        config, names, budget=budget, seeds=args.seeds, folds=args.folds, shares=shares, say=ProgressBar("", 0).say
-    )
     measured = (
         "held-out folds" if args.folds else "test" if "test" in splits else "dev, which also picked the checkpoints"
     )
-    notes = {"measured_on": measured, "training_rows": len(splits["train"][0]), "budget": args.budget}
+    notes = {"measured_on": measured, "training_rows": rows, "budget": args.budget}
     folder = Path(args.to or f"{config.run}-compare")
     better = task.greater_is_better
-    page = write_comparison(
-        folder, results, name=Path(config.run).name, metric=task.metric, greater_is_better=better, notes=notes
-    )
+    page: Path | None = None
+
+    def write(results: list[Result], **more: str) -> None:
+        nonlocal page
+        name, about = Path(config.run).name, notes | more
+        page = write_comparison(folder, results, name=name, metric=task.metric, greater_is_better=better, notes=about)
+
+    try:
+        with ended_by_exception():
+            results = compare(
+                config,
+                names,
+                budget=budget,
+                seeds=args.seeds,
+                folds=args.folds,
+                shares=shares,
+                say=ProgressBar("", 0).say,
+                measured=lambda results: write(results, finished="no: it was stopped, or is being measured"),
+            )
+    except (KeyboardInterrupt, SystemExit):
+        if page is not None:
+            print(f"regraft: stopped; what was measured until then: {page}", file=sys.stderr)
+        raise
+    write(results)
     print(text_table(results, task.metric))
     print(f"\n{advice(results, task.metric, better)}\n{page}")
     return 0
 
 
+@contextmanager
+def ended_by_exception() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as an exception, so that workers and temporary folders go with it."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    wanted = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]  # as nohup asks
+    before = {number: signal.signal(number, end) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def seconds(text: str) -> float:
     """'90', '90s', '10m', '2h' in seconds. Raises ConfigError."""
-    found = re.fullmatch(r"([\d.]+)\s*(s|m|min|h)?", text.strip())
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(s|m|min|h)?", text.strip())
     if not found or not float(found[1]) > 0:
         raise ConfigError(f"--budget {text}: expected a time such as 90s, 10m or 2h")
     return float(found[1]) * UNITS[found[2] or ""]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,27 +33,33 @@ def compare(
     folds: int = 0,
     shares: Sequence[float] = SHARES,
     say: Say = lambda line: None,
+    measured: Callable[[list[Result]], object] = lambda results: None,
 ) -> list[Result]:
-    """Measure the ways within about `budget` seconds. `folds`: 0, or k parts that are held out in turn, as the seeds."""
+    """Measure the ways within about `budget` seconds. `folds`: 0, or k parts that are held out in turn, as the seeds;
+    `measured`: told all results after each point that is finished."""
     deadline = time.time() + budget
-    results = []
-    with tempfile.TemporaryDirectory(prefix="regraft-compare-") as scratch:
-        todo: list[tuple[Way, Result]] = []
-        for way, why in available(config, names):
-            result = Result(way.name, way.title, why=why)
-            results.append(result)
-            if why:
-                say(f"{way.title}: left out: {why}")
-            else:
-                todo.append((way, result))
+    ways = available(config, names)
+    results = [Result(w.name, w.title, why=why, folds=folds > 0, seeded=w.seeded) for w, why in ways]
+    todo = [(way, result) for (way, why), result in zip(ways, results, strict=True) if not why]
+    for way, why in ways:
+        if why:
+            say(f"{way.title}: left out: {why}")
+
+    def take(result: Result, way: Way, record: dict[str, Any]) -> None:
+        _take(result, way, record, say)
+        if "metrics" in record:
+            measured(results)
+
+    # What a worker that is being killed still writes must not hide why it is killed.
+    with tempfile.TemporaryDirectory(prefix="regraft-compare-", ignore_cleanup_errors=True) as scratch:
         for number, (way, result) in enumerate(todo):
             own = time.time() + part_of_time(deadline - time.time(), len(todo) - number)
             curve = [1.0] if not way.labels or way.name == "majority" else list(shares)
-            _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), say)
-        again = [(way, r) for way, r in todo if r.complete and way.name not in ("majority", "zeroshot")]
+            _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), take, say)
+        again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
         for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
             points = [(1.0, s) for s in range(1, folds or seeds)]
-            _work(config, way, result, points, deadline, folds, Path(scratch), say)
+            _work(config, way, result, points, deadline, folds, Path(scratch), take, say)
     return results
 
 
@@ -69,6 +77,7 @@ def _work(
     deadline: float,
     folds: int,
     scratch: Path,
+    take: Callable[[Result, Way, dict[str, Any]], None],
     say: Say,
 ) -> None:
     if not points:
@@ -82,34 +91,44 @@ def _work(
         "deadline": deadline,
         "last": [1.0, *min((p["wall_seconds"], p["train_seconds"]) for p in full)] if full else None,
         "points": points,
+        "parent": os.getpid(),
     }
     file = scratch / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
     command = [sys.executable, "-m", "regraft.engine.compare.worker", str(file)]
-    worker = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        out, err = worker.communicate(timeout=max(1.0, deadline - time.time() + GRACE))
-        late = False
-    except subprocess.TimeoutExpired:
-        os.killpg(worker.pid, signal.SIGKILL)
-        out, err = worker.communicate()
-        late = True
-    except BaseException:
-        os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
-        raise
-    told = [_record(line) for line in out.splitlines()]
-    for record in told:
-        _take(result, way, record, say)
-    if late:
+    late = threading.Event()
+    with (scratch / "errors").open("w+b") as errors:
+        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
+
+        def time_is_up() -> None:
+            late.set()
+            _kill(worker)
+
+        timer = threading.Timer(max(1.0, deadline - time.time() + GRACE), time_is_up)
+        timer.start()
+        try:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                take(result, way, _record(line))
+            code = worker.wait()
+        finally:
+            timer.cancel()
+            _kill(worker)
+            worker.wait()
+        errors.seek(0)
+        err = errors.read().decode(errors="replace").strip()
+    if late.is_set():
         say(f"{way.title}: stopped, the time was up")
         result.why = result.why or ("" if result.complete else "stopped: the budget was used up")
-    elif worker.returncode:
-        last = err.strip().splitlines()[-1] if err.strip() else f"ended with {worker.returncode}"
+    elif code:
+        last = err.splitlines()[-1] if err else f"ended with {code}"
         say(f"{way.title}: {last}")
         result.why = result.why or last
+
+
+def _kill(worker: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def _record(line: str) -> dict[str, Any]:

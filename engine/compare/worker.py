@@ -8,9 +8,12 @@ Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import resource
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -27,12 +30,15 @@ from regraft.engine.errors import RegraftError
 from regraft.engine.tasks import Tagging, Task
 
 LATENCY_TEXTS = 30
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(path: str) -> int:
-    """Do the job in `path`: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...]};
-    `deadline`: seconds since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null."""
+    """Do the job in `path`: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...],
+    "parent"}; `deadline`: seconds since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null;
+    `parent`: the process that reads the lines, without which this one ends."""
     job = json.loads(Path(path).read_text(encoding="utf-8"))
+    end_with(job["parent"])
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
     task, splits = splits_of(base)
@@ -64,6 +70,15 @@ def main(path: str) -> int:
     return 0
 
 
+def end_with(parent: int) -> None:
+    """Let this process be killed when its parent has ended, however that ended. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def held_out(splits: dict, folds: int, fold: int) -> dict:
     """The splits with one part of the training rows held out as test rows."""
     rows, targets = splits["train"]
@@ -86,9 +101,8 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
     here = folder / way.name
     shutil.rmtree(here, ignore_errors=True)
     here.mkdir(parents=True)
-    config = _on_files(
-        configured(base, way, seed=seed, run=str(here / "run"), rows=len(rows)), task, rows, splits, here
-    )
+    wanted = within_depth(configured(base, way, seed=seed, run=str(here / "run"), rows=len(rows)))
+    config = _on_files(wanted, task, rows, splits, here)
     from regraft.engine.training.run import train as train_run
 
     result = train_run(config, quiet=True)
@@ -105,6 +119,17 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
     }
     shutil.rmtree(here, ignore_errors=True)
     return found
+
+
+def within_depth(config: RunConfig) -> RunConfig:
+    """The last four layers, or as many as the encoder has: a way is compared on whatever encoder the user has."""
+    from regraft.engine.features.spec import depth_and_width, model_folder
+
+    if config.method != "frozen" or config.features.layers != "last4":
+        return config
+    if depth_and_width(model_folder(config))[0] >= 3:
+        return config
+    return config.model_copy(update={"features": config.features.model_copy(update={"layers": "all"})})
 
 
 def _on_files(config: RunConfig, task: Task, rows: Rows, splits: dict, here: Path) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from regraft.engine.data.rows import Rows
 
 COMMANDS = {"list", "verify", "prune"}
+# What each takes; a run's YAML file takes the rest.
+TAKES = {"list": {"root"}, "verify": {"root", "delete"}, "prune": {"root", "to", "store"}}
+OF_A_RUN = {"overrides", "clusters", "processes"}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -29,14 +33,33 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_options(args)
     if args.what in COMMANDS:
         return {"list": _list, "verify": _verify, "prune": _prune}[args.what](args)
     return _compute(args)
 
 
+def _check_options(args: argparse.Namespace) -> None:
+    """Raises ConfigError for an option that would be ignored."""
+    from regraft.engine.errors import ConfigError
+
+    takes = TAKES.get(args.what, OF_A_RUN)
+    unset = {"overrides": [], "processes": 1, "delete": False}
+    for name in sorted(OF_A_RUN.union(*TAKES.values()) - takes):
+        if getattr(args, name) != unset.get(name):
+            flag = "--set" if name == "overrides" else f"--{name}"
+            where = ", ".join(k for k, v in TAKES.items() if name in v) or "a run's YAML file"
+            cure = "; for a run, --set features.store=FOLDER" if name == "root" else ""
+            raise ConfigError(f"{flag}: for `regraft features` {where}, not for {args.what}{cure}")
+    if args.clusters is not None and args.clusters < 2:
+        raise ConfigError(f"--clusters {args.clusters}: expected at least 2 groups")
+    if args.to is not None and args.store is not None:
+        raise ConfigError("prune: --to GB or --store NAME, not both")
+
+
 def _list(args: argparse.Namespace) -> int:
     from regraft.engine.features.keep import stores
-    from regraft.engine.features.store import store_root
+    from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
     total = 0
@@ -49,7 +72,7 @@ def _list(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from regraft.engine.features.keep import stores, verify
-    from regraft.engine.features.store import store_root
+    from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
     wrong = verify(root, delete=args.delete)
@@ -62,14 +85,14 @@ def _verify(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     from regraft.engine.errors import StoreError
     from regraft.engine.features.keep import prune, remove
-    from regraft.engine.features.store import store_root
+    from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
     if args.store:
         remove(root, args.store)
         print(f"{root / args.store}: deleted")
         return 0
-    if args.to is None or args.to < 0:
+    if args.to is None or not 0 <= args.to < math.inf:
         raise StoreError("prune: say how much may stay with --to GB, or which store goes with --store NAME")
     shards, freed = prune(root, int(args.to * 1e9))
     print(f"{root}: {shards} shards deleted, {freed / 1e6:,.1f} MB freed")
@@ -92,7 +115,7 @@ def _compute(args: argparse.Namespace) -> int:
         if speaks:
             ProgressBar("", 0).say(line)
 
-    if args.clusters:
+    if args.clusters is not None:
         config, texts = _texts(config)
         parts: dict[str, Source] = {"train": texts}
     else:
@@ -101,7 +124,7 @@ def _compute(args: argparse.Namespace) -> int:
     if speaks:
         for name, rows in found.items():
             print(f"{name:5} {len(rows):,} rows, {rows.bytes / 1e6:,.1f} MB")
-    if args.clusters and speaks:
+    if args.clusters is not None and speaks:
         from regraft.engine.features.clusters import show_clusters
 
         show_clusters(found["train"], texts, args.clusters, config.training.seed)

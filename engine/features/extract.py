@@ -14,11 +14,12 @@ from regraft.engine.config import RunConfig
 from regraft.engine.data.fast_tokenizer import FastTokenizer
 from regraft.engine.data.tokens import TokenStore, encode
 from regraft.engine.errors import StoreError
+from regraft.engine.features.root import store_root
 from regraft.engine.features.rows import FeatureRows
 from regraft.engine.features.shard import write_shard
 from regraft.engine.features.sources import Source, Sources, keys_of
 from regraft.engine.features.spec import FeatureSpec, feature_spec, model_folder
-from regraft.engine.features.store import FeatureStore, store_root
+from regraft.engine.features.store import FeatureStore, not_written
 from regraft.engine.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -137,20 +138,9 @@ def _compute(
                 pooled = spec.pooling != "none"
                 write_shard(store.folder, keys[rows], lengths, features, precision=spec.precision, pooled=pooled)
             except OSError as error:
-                raise _not_written(store, error) from error
+                raise not_written(store.folder, error) from error
             rate.add(len(rows), int(lengths.sum()), time.perf_counter() - began)
             bar.advance(len(rows), rows_per_second=f"{rate.rows:,.0f}", tokens_per_second=f"{rate.tokens:,.0f}")
-
-
-def _not_written(store: FeatureStore, error: OSError) -> StoreError:
-    from regraft.engine.training.folder import disk_is_full
-
-    if disk_is_full(error):
-        return StoreError(
-            f"{store.folder}: the disk is full. Finished shards are kept; free some space, with `regraft features prune "
-            "--to 2` for one, and start the same command again to go on"
-        )
-    return StoreError(f"{store.folder}: cannot be written: {error}. Finished shards are kept")
 
 
 class Rate:

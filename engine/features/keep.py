@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from regraft.engine.data.cache import forget_oldest
 from regraft.engine.errors import StoreError, nearest
-from regraft.engine.features.shard import open_shard
+from regraft.engine.features.shard import DamagedShard, open_shard
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,8 @@ class StoreInfo:
     used: float
 
     def line(self) -> str:
-        layers = ",".join(map(str, self.spec.get("layers", [])))
+        said = self.spec.get("layers")
+        layers = ",".join(map(str, said)) if isinstance(said, list) else "?"
         age = max(0.0, time.time() - self.used)
         ago = f"{age / 86400:.0f} d" if age > 86400 else f"{age / 3600:.0f} h" if age > 3600 else f"{age / 60:.0f} min"
         what = (
@@ -44,9 +44,11 @@ def stores(root: Path) -> Iterator[StoreInfo]:
         about = folder / "store.json"
         if not about.is_file():
             continue
-        spec: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            spec = json.loads(about.read_text(encoding="utf-8"))
+        try:
+            said = json.loads(about.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            said = None
+        spec: dict[str, Any] = said if isinstance(said, dict) else {}
         files = _shards(folder)
         rows = 0
         try:
@@ -66,9 +68,11 @@ def verify(root: Path, *, delete: bool = False) -> list[str]:
         for file in _shards(store.folder):
             try:
                 open_shard(file).check()
+            except FileNotFoundError:  # deleted meanwhile, to keep to a disk limit
+                continue
             except StoreError as error:
                 wrong.append(str(error))
-                if delete and "another version" not in str(error):
+                if delete and isinstance(error, DamagedShard):
                     file.unlink(missing_ok=True)
                     wrong[-1] = f"{file}: damaged, deleted; its rows are computed again when they are next needed"
     return wrong

@@ -6,31 +6,34 @@
     scales    F32 [R, J]   int8 only: value = features * scales
 
 safetensors, because anything that reads model weights reads it, a header and plain arrays can be mapped without a copy,
-and it knows bf16. The header's metadata holds each array's CRC-32.
+and it knows bf16. The header's metadata holds each array's CRC-32, and that of
+what the header says.
 """
 
 from __future__ import annotations
 
-import json
 import uuid
 import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from regraft.engine.errors import StoreError
+from regraft.engine.features.header import DTYPES, FORMAT, Header, OtherVersion, metadata, read_header
+from regraft.engine.features.root import command
 from regraft.engine.files import write_bytes
 
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
-# numpy has no bf16: its bits are read as uint16 and become bf16 in torch.
-DTYPES = {"U8": "<u1", "I8": "<i1", "I32": "<i4", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 STORED = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "I8"}
+
+
+class DamagedShard(StoreError):
+    """A shard that is not what was written."""
 
 
 @dataclass
@@ -38,22 +41,21 @@ class Shard:
     """A finished shard. Arrays are views of the mapped file; nothing is read before it is used."""
 
     path: Path
-    header: dict[str, Any]
+    header: Header
     content: np.ndarray
     start: int
     checked: bool = field(default=False)
 
     def array(self, name: str) -> np.ndarray:
-        about = self.header[name]
-        first, last = about["data_offsets"]
-        piece = self.content[self.start + first : self.start + last]
-        return piece.view(DTYPES[about["dtype"]]).reshape(about["shape"])
+        about = self.header.arrays[name]
+        piece = self.content[self.start + about.first : self.start + about.last]
+        return piece.view(DTYPES[about.dtype]).reshape(about.shape)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.header
+        return name in self.header.arrays
 
     def __len__(self) -> int:
-        return int(self.header["lengths"]["shape"][0])
+        return self.header.arrays["lengths"].shape[0]
 
     @property
     def size(self) -> int:
@@ -63,7 +65,7 @@ class Shard:
     @cached_property
     def offsets(self) -> np.ndarray:
         """First row of each text in `features`, [N + 1]; for pooled shards the text's own number."""
-        if self.header["features"]["shape"][0] == len(self) and self.header["__metadata__"]["pooled"] == "yes":
+        if self.header.pooled:
             return np.arange(len(self) + 1)
         return np.concatenate([[0], np.cumsum(self.array("lengths"), dtype=np.int64)])
 
@@ -72,52 +74,58 @@ class Shard:
         import torch
 
         found = torch.from_numpy(self.array(name))
-        return found.view(torch.bfloat16) if self.header[name]["dtype"] == "BF16" else found
+        return found.view(torch.bfloat16) if self.header.arrays[name].dtype == "BF16" else found
 
     def check(self) -> None:
-        """Compare every array with its checksum, once a process. Raises StoreError naming the file."""
+        """Compare every array with its checksum, once a process. Raises DamagedShard naming the file."""
         if not self.checked:
-            self._compare(*(name for name in self.header if name != "__metadata__"))
+            self._compare(*self.header.arrays)
             self.checked = True
 
     def check_addresses(self) -> None:
-        """The same for what says which rows are here. Raises StoreError: a wrong key is a row that nobody finds."""
+        """The same for what says which rows are here. Raises DamagedShard: a wrong key is a row that nobody finds."""
         self._compare("keys", "lengths")
+        rows = self.header.arrays["features"].shape[0]
+        if rows != self.offsets[-1]:
+            raise _damaged(self.path, f"{rows} rows of features for {self.offsets[-1]} tokens")
 
     def _compare(self, *names: str) -> None:
-        sums = json.loads(self.header["__metadata__"]["crc32"])
         for name in names:
-            if zlib.crc32(np.ascontiguousarray(self.array(name)).reshape(-1).view(np.uint8).data) != sums[name]:
-                raise _corrupt(self.path, f"the checksum of its {name} is wrong")
+            if zlib.crc32(self.array(name).reshape(-1).view(np.uint8).data) != self.header.crc32[name]:
+                raise _damaged(self.path, f"the checksum of its {name} is wrong")
 
 
-def _corrupt(path: Path, why: str) -> StoreError:
-    return StoreError(
-        f"{path}: damaged: {why}. Delete it with `regraft features verify --delete`; its rows are then computed again"
-    )
+def _damaged(path: Path, why: str) -> DamagedShard:
+    cure = command(path.parent.parent, "verify", "--delete")
+    return DamagedShard(f"{path}: damaged: {why}. Delete it with {cure}; its rows are then computed again")
 
 
 def open_shard(path: Path) -> Shard:
-    """Map a shard and check its header and size. Raises StoreError naming the file."""
+    """Map a shard and check its header, its size and which rows it holds. Raises StoreError naming the file, and
+    FileNotFoundError."""
     try:
+        if not path.stat().st_size:
+            raise _damaged(path, "0 bytes")
         # Copy on write: torch wants memory it may write to, the file never changes.
         content = np.memmap(path, dtype=np.uint8, mode="c")
-        length = int.from_bytes(content[:8].tobytes(), "little")
-        header = json.loads(content[8 : 8 + length].tobytes())
-        ends = [about["data_offsets"][1] for name, about in header.items() if name != "__metadata__"]
-        found = header["__metadata__"]["format"]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise _corrupt(path, str(error)[:120]) from None
-    if found != str(FORMAT):
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error.strerror or error}") from None
+    start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+    try:
+        header = read_header(content[8:start].tobytes())
+    except OtherVersion as other:
+        cure = command(path.parent.parent, "prune", "--store", path.parent.name)
         raise StoreError(
-            f"{path}: written by another version of Regraft (format {found}; this one reads {FORMAT}). Use that version, "
-            f"or remove the store with `regraft features prune --store {path.parent.name}` and compute it again"
-        )
-    if max(ends) + 8 + length != len(content):
-        raise _corrupt(path, f"{len(content)} bytes, expected {max(ends) + 8 + length}")
-    shard = Shard(path, header, content, 8 + length)
+            f"{path}: written by another version of Regraft (format {other}; this one reads {FORMAT}). Use that version, "
+            f"or remove the store with {cure} and compute it again"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise _damaged(path, f"its header: {type(error).__name__} {error}"[:160]) from None
+    if start + header.bytes != len(content):
+        raise _damaged(path, f"{len(content)} bytes, expected {start + header.bytes}")
+    shard = Shard(path, header, content, start)
     shard.check_addresses()
     return shard
 
@@ -130,7 +138,8 @@ def write_shard(
 
     arrays = {"keys": _tensor(keys), "lengths": _tensor(lengths.astype(np.int32)), **stored(features, precision)}
     sums = {name: zlib.crc32(_bytes(value).data) for name, value in arrays.items()}
-    about = {"format": str(FORMAT), "pooled": "yes" if pooled else "no", "crc32": json.dumps(sums)}
+    kinds = {"keys": "U8", "lengths": "I32", "features": STORED[precision], "scales": "F32"}
+    about = metadata({name: (kinds[name], value.shape) for name, value in arrays.items()}, sums, pooled)
     path = folder / f"{uuid.uuid4().hex[:16]}.safetensors"
     write_bytes(path, [save(arrays, about)])
     return path

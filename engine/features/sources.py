@@ -15,9 +15,10 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.data.tokens import TokenStore, encode
 from regraft.engine.errors import ConfigError
 from regraft.engine.examples import Examples
+from regraft.engine.features.header import KEY_BYTES
 from regraft.engine.features.rows import FeatureRows
 from regraft.engine.features.spec import FeatureSpec
-from regraft.engine.features.store import KEY_BYTES, row_keys
+from regraft.engine.features.store import row_keys
 from regraft.engine.tasks import Task, task_class
 from regraft.engine.tasks.base import FIRST, MARKED
 from regraft.engine.training.splits import read_parts, read_splits

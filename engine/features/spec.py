@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from regraft.engine.files import write_text
 from regraft.engine.pretrained import position_limit, resolve
 from regraft.engine.tasks import task_class
 from regraft.engine.tasks.base import FIRST
+
+log = logging.getLogger(__name__)
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "encoder_layers")
 WIDTH_KEYS = ("hidden_size", "dim", "d_model", "n_embd")
@@ -60,10 +63,7 @@ def feature_spec(config: RunConfig) -> tuple[FeatureSpec, FastTokenizer]:
     features = config.features
     folder = model_folder(config)
     tokenizer = load_fast_tokenizer(folder)
-    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    depth, width = (next((shape[k] for k in keys if k in shape), None) for keys in (DEPTH_KEYS, WIDTH_KEYS))
-    if depth is None or width is None:
-        raise ModelError(f"{folder / 'config.json'}: names neither layers nor width of the encoder")
+    depth, width = depth_and_width(folder)
     takes = [n for n in (tokenizer.max_length, position_limit(str(folder))) if n is not None]
     if config.model.max_length is not None and takes and config.model.max_length > min(takes):
         raise ConfigError(
@@ -87,8 +87,22 @@ def feature_spec(config: RunConfig) -> tuple[FeatureSpec, FastTokenizer]:
     return spec, tokenizer
 
 
+def depth_and_width(folder: Path) -> tuple[int, int]:
+    """Layers above the embeddings, and values of each hidden state. Raises ModelError."""
+    shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    depth, width = (next((shape[k] for k in keys if k in shape), None) for keys in (DEPTH_KEYS, WIDTH_KEYS))
+    if depth is None or width is None:
+        raise ModelError(f"{folder / 'config.json'}: names neither layers nor width of the encoder")
+    return depth, width
+
+
 def chosen_layers(wanted: str | int | list[int], depth: int, model: str) -> tuple[int, ...]:
     """Layer numbers, ascending. Raises ConfigError for one the model does not have, or one named twice."""
+    if wanted == "last4" and depth < 3:
+        raise ConfigError(
+            f"features.layers: last4: {model} has {depth} layer{'s' if depth != 1 else ''} and its embeddings; use all, or "
+            f"name them by number: 0 (the embeddings) to {depth} (the last)"
+        )
     if isinstance(wanted, str):
         named = {"last": [depth], "last4": list(range(depth - 3, depth + 1)), "all": list(range(depth + 1))}
         wanted = {**named, "embeddings": [0]}[wanted]
@@ -153,8 +167,11 @@ def weights_hash(folder: Path, *, leave_out: str = "") -> str:
     for file in files:
         with file.open("rb") as opened:
             whole.update(hashlib.file_digest(opened, "sha256").digest())
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, whole.hexdigest())
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, whole.hexdigest())
+    except OSError as error:  # a full disk, say: the weights are only read again next time
+        log.warning("%s: the weights' checksum cannot be kept there for the next run: %s", kept.parent, error)
     return whole.hexdigest()
 
 

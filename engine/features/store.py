@@ -12,24 +12,21 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
 
-from regraft.engine.data.cache import cache_folder, mark_used
+from regraft.engine.data.cache import mark_used
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import StoreError
-from regraft.engine.features.shard import FORMAT, Shard, open_shard
+from regraft.engine.features.header import FORMAT, KEY_BYTES
+from regraft.engine.features.root import command
+from regraft.engine.features.shard import Shard, open_shard
 from regraft.engine.features.spec import FeatureSpec
 from regraft.engine.files import remove_leftovers, write_text
-
-KEY_BYTES = 16
-
-
-def store_root(configured: str | None) -> Path:
-    return Path(configured).expanduser() if configured else cache_folder() / "features"
 
 
 def row_keys(rows: Rows) -> np.ndarray:
@@ -98,25 +95,33 @@ class FeatureStore:
 
     @contextmanager
     def locked(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Hold the store for adding rows; another process that wants to waits. A kill lets go of it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a+") as file:
+        """Hold the store for adding rows; another process that wants to waits. A kill lets go of it. Raises StoreError
+        where the folder cannot be written to."""
+        with ExitStack() as held:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                # Without a buffer: one that could not be written would fail again when the file is closed.
+                file = held.enter_context((self.folder / "lock").open("a+b", buffering=0))
+                self._wait_for(file, say)
                 file.seek(0)
-                say(f"features: process {file.read().strip() or '?'} is computing them; waiting")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
-            remove_leftovers(self.folder)
-            if not (self.folder / "store.json").is_file():
-                content = {"format": FORMAT, **asdict(self.spec)}
-                write_text(self.folder / "store.json", json.dumps(content, indent=2) + "\n")
+                file.truncate()
+                file.write(str(os.getpid()).encode())
+                remove_leftovers(self.folder)
+                if not (self.folder / "store.json").is_file():
+                    content = {"format": FORMAT, **asdict(self.spec)}
+                    write_text(self.folder / "store.json", json.dumps(content, indent=2) + "\n")
+            except OSError as error:
+                raise not_written(self.folder, error) from error
             self.refresh()
             yield
+
+    def _wait_for(self, file: RawIOBase, say: Callable[[str], None]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            say(f"features: process {(file.read() or b'?').decode().strip()} is computing them; waiting")
+            fcntl.flock(file, fcntl.LOCK_EX)
 
     def used(self, shards: Sequence[int]) -> None:
         """Put these shards at the end of the queue for deletion."""
@@ -127,16 +132,35 @@ class FeatureStore:
 def check_format(folder: Path) -> None:
     """Raises StoreError for a store that another version wrote."""
     about = folder / "store.json"
-    if not about.is_file():
-        return
+    cure = f"remove it with {command(folder.parent, 'prune', '--store', folder.name)} and compute it again"
     try:
-        found = json.loads(about.read_text(encoding="utf-8")).get("format")
-    except (OSError, ValueError, AttributeError) as error:
+        found = json.loads(about.read_text(encoding="utf-8"))["format"]
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise StoreError(f"{about}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError) as error:
         raise StoreError(
-            f"{about}: cannot be read ({error}); remove the store with `regraft features prune --store {folder.name}`"
+            f"{about}: damaged ({type(error).__name__} {error}). The store cannot be used: {cure}"
         ) from None
     if found != FORMAT:
         raise StoreError(
             f"{folder}: written by another version of Regraft (format {found}; this one reads {FORMAT}). Use that "
-            f"version, or remove it with `regraft features prune --store {folder.name}` and compute it again"
+            f"version, or {cure}"
         )
+
+
+def not_written(folder: Path, error: OSError) -> StoreError:
+    """What to say of a store that a write into it failed."""
+    from regraft.engine.training.folder import disk_is_full
+
+    root = folder.parent
+    if disk_is_full(error):
+        return StoreError(
+            f"{folder}: the disk is full. Finished shards are kept; free some space, with "
+            f"{command(root, 'prune', '--to', '2')} for one, and start the same command again to go on"
+        )
+    in_the_way = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if in_the_way is not None:
+        return StoreError(f"features.store: {root}: {in_the_way} is a file; expected a folder, or a name that is free")
+    return StoreError(f"{folder}: cannot be written: {error.strerror or error}. Finished shards are kept")

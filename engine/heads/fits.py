@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from regraft.engine.errors import ConfigError
+from regraft.engine.errors import ConfigError, nearest
 from regraft.engine.heads.settings import BAG_METHODS, LIVE_HEADS, LIVE_METHODS, SOLVED, WORD_METHODS
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ def check_head(head: str, task: str, reads: str) -> None:
     """The same for a task of the user's own, whose class alone tells what it reads. Raises ConfigError."""
     if reads == "tokens" and head not in TAGGING_HEADS:
         raise ConfigError(_not_for_tokens(head, task))
+
+
+def check_descriptions(descriptions: Collection[str], labels: Collection[str]) -> None:
+    """Raises ConfigError for a description of a label that the rows do not have."""
+    for label in descriptions:
+        if label not in labels:
+            raise ConfigError(
+                f"head.descriptions: {label!r} is no label of the rows{nearest(label, labels)}; there are: {', '.join(labels)}"
+            )
 
 
 def _not_for_tokens(head: str, task: str) -> str:

@@ -16,7 +16,7 @@ from regraft.engine.features.rows import FeatureRows
 from regraft.engine.features.sources import parts_of
 from regraft.engine.features.spec import feature_spec, model_folder
 from regraft.engine.heads.adamw import FusedAdamW
-from regraft.engine.heads.fits import check_head
+from regraft.engine.heads.fits import check_descriptions, check_head
 from regraft.engine.heads.fitted import describe, fit, import_solver
 from regraft.engine.heads.head import ON_THE_SPHERE, Head, build_head
 from regraft.engine.heads.local import LocalProcess
@@ -45,6 +45,7 @@ class FrozenRun(_Run):
         check_head(config.head.type, config.task.type, task.reads)
         sources = {name: part.source for name, part in parts.items()}
         if config.head.type == "zeroshot":
+            check_descriptions(config.head.descriptions, task.labels)
             texts = [config.head.descriptions.get(label, label.replace("_", " ")) for label in task.labels]
             sources["labels"] = Rows("labels", "head.descriptions", texts, None, np.arange(len(texts)))
         found = features_of(config, sources, self.say, shown=self.speaks)

@@ -38,7 +38,9 @@ class HeadConfig(Section):
     layer_norm: bool = Field(False, description="scalar mix: normalise each layer first")
     mix_penalty: float = Field(0.0, ge=0, description="scalar mix: lambda of ELMo's lambda * |w|^2")
     hidden: int = Field(256, ge=1, description="units of mlp, attention and each direction of bilstm; filters of cnn")
-    kernels: list[int] = Field([3, 4, 5], min_length=1, description="cnn: tokens each filter spans")
+    kernels: list[Annotated[int, Field(ge=1)]] = Field(
+        [3, 4, 5], min_length=1, description="cnn: tokens each filter spans"
+    )
     dropout: Fraction = 0.1
     c: float = Field(1.0, gt=0, description="logistic, svm: inverse strength of regularisation")
     descriptions: dict[str, str] = Field({}, description="zeroshot: what a label means, in words; default: its name")
@@ -54,8 +56,10 @@ class WordsConfig(Section):
     vectors: str | None = Field(None, description="GloVe or word2vec text, word2vec .bin, fastText .vec, .npz, .json")
     vocabulary: str | None = Field(None, description=".npz: JSON of word to row; null: vocab.json beside it")
     trained: bool = Field(False, description="vectors: go on training them")
-    unit: Literal["auto", "word", "character", "longest"] = Field(
-        "auto", description="longest: the longest words of the vocabulary, from the left, as for Chinese words"
+    unit: Literal["auto", "word", "mixed", "character", "longest"] = Field(
+        "auto",
+        description="mixed: words, and Chinese characters one by one; longest: the longest words of the vocabulary, from the "
+        "left, as for Chinese words",
     )
     dimension: int = Field(100, ge=1, description="scratch: width of the embedding")
     min_count: int = Field(2, ge=1, description="scratch: words seen less often in training are unknown")

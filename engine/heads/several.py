@@ -15,7 +15,7 @@ from regraft.engine.features.encoder import GraftedEncoder, load_backbone
 from regraft.engine.features.spec import weights_hash
 from regraft.engine.heads.model import HEAD_FILE, load_head
 from regraft.engine.models import ready_to_answer
-from regraft.engine.trained import Trained, find_trained, read_facts
+from regraft.engine.trained import Trained, find_trained, name_of, read_facts
 
 
 class ManyHeads(GraftedEncoder):
@@ -54,7 +54,7 @@ def load_several(models: Sequence[str | Path]) -> Trained:
             raise ExportError(
                 f"{folder}: method {about.get('method')!r}; only heads on a frozen encoder can share one (method: frozen)"
             )
-    names = [Path(model).name for model in models]
+    names = [name_of(model) for model in models]
     if len(set(names)) < len(names):
         raise ExportError(f"{', '.join(names)}: heads are named by their run folders, which must differ")
     first, tokenizer = folders[0], load_fast_tokenizer(str(folders[0]))

@@ -12,7 +12,7 @@ from torch import nn
 
 from regraft.engine.errors import ModelError, nearest
 from regraft.engine.methods.settings import ADAPTERS
-from regraft.engine.trained import Trained, find_trained, load_trained, read_facts
+from regraft.engine.trained import Trained, find_trained, load_trained, name_of, read_facts
 
 # What a method puts between a layer's path and the weights it leaves alone.
 _WRAPPED = re.compile(r"\.(base_layer|table)(?=\.|$)")
@@ -33,13 +33,13 @@ def load_adapters(
         for first in found.values():
             share_weights(first.running.model, trained.running.model)
             break
-        found[Path(run).name] = trained
+        found[name_of(run)] = trained
     return found
 
 
 def check_adapters(runs: Sequence[str | Path]) -> list[dict[str, Any]]:
     """What is known of each run, without loading a model. Raises as `load_adapters`."""
-    names = [Path(run).name for run in runs]
+    names = [name_of(run) for run in runs]
     if len(set(names)) < len(names):
         raise ModelError(f"{', '.join(names)}: adapters are named by their run folders, which must differ")
     folders = [find_trained(run) for run in runs]

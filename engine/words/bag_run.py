@@ -27,7 +27,7 @@ from regraft.engine.words.bags import (
     runs_of_ids,
     save_bag,
 )
-from regraft.engine.words.tokens import SPECIAL, choose_unit, count_words, word_tokenizer
+from regraft.engine.words.tokens import PIECES, SPECIAL, choose_unit, count_words, word_tokenizer
 
 WHOLE = 1 << 20  # tokens of a text: none is cut
 FEW_ROWS = 2000  # below it a run of words counts from its first text on, else from its second
@@ -53,7 +53,7 @@ class BagRun(_Run):
         config, training, train = self.config, self.config.training, self.data.splits["train"]
         self.accelerator = accelerator_for(config)
         torch.manual_seed(training.seed)
-        longest = config.words.ngrams or (2 if self.unit == "word" else 3)
+        longest = config.words.ngrams or (2 if self.unit in ("word", "mixed") else 3)
         base = self.data.tokenizer.backend.get_vocab_size() + 1
         store = train.store
         self.numbers, self.owner = runs_of_ids(store.ids, store.lengths, base, longest)
@@ -67,7 +67,7 @@ class BagRun(_Run):
         self.optimizer = FusedAdamW(groups, betas=training.betas, eps=training.epsilon)
         self.averaged = None
         self.plan = Plan(len(train), training.batch_size, training.seed, training.epochs, 1)
-        self.say(f"{config.method}: {len(known):,} {self.unit}s and runs of up to {longest}, {config.head.type}")
+        self.say(f"{config.method}: {len(known):,} {PIECES[self.unit]} and runs of up to {longest}, {config.head.type}")
 
     def rehearse_if_tight(self) -> None:
         """Nothing here takes memory that grows with a step."""

@@ -21,12 +21,13 @@ from regraft.engine.training.setup import Prepared, examples_of, set_threads
 from regraft.engine.training.splits import read_parts
 from regraft.engine.training.step import Stepper
 from regraft.engine.words.model import running_words, save_words, word_model
-from regraft.engine.words.tokens import SPECIAL, UNKNOWN, choose_unit, count_words, word_tokenizer
-from regraft.engine.words.vectors import WordVectors, read_vectors
+from regraft.engine.words.tokens import PIECES, SPECIAL, UNKNOWN, choose_unit, count_words, word_tokenizer
+from regraft.engine.words.vectors import WordVectors, read_vectors, read_words
 
 MOST_TOKENS = 512
 TOKEN_BUDGET = 16_384
 SHOWN = 8  # unknown words
+LOOKED_AT = 20_000  # words of a file of vectors, to tell how texts are to be split
 
 
 class WordsRun(_Run):
@@ -49,10 +50,11 @@ class WordsRun(_Run):
         limit = config.model.max_length or MOST_TOKENS
         splits, notes = examples_of(config, task, parts, tokenizer, limit)
         for name, made in splits.items():
-            tokens, unknown = notes[name]["tokens"], int((made.store.ids == UNKNOWN).sum())
+            ids = made.store.ids
+            tokens, unknown = notes[name]["tokens"], int(((ids == UNKNOWN) | (ids >= len(SPECIAL) + len(words))).sum())
             notes[name]["unknown_tokens"] = unknown
             self.say(
-                f"{name:5} {len(made.rows):,} rows, {tokens:,} {self.unit}s, {unknown / max(1, tokens):.1%} unknown"
+                f"{name:5} {len(made.rows):,} rows, {tokens:,} {PIECES[self.unit]}, {unknown / max(1, tokens):.1%} unknown"
             )
         self.data = Prepared(task, tokenizer, limit, splits, notes)
 
@@ -66,14 +68,26 @@ class WordsRun(_Run):
             counts = count_words(texts, self.unit, self.lowercase)
             return [w for w, n in counts.most_common(words.max_words) if n >= words.min_count and w not in SPECIAL]
         assert words.vectors is not None
-        found = read_vectors(words.vectors, vocabulary=words.vocabulary)
-        self.unit = choose_unit(texts, found.words) if words.unit == "auto" else words.unit
-        self.lowercase = not any(w != w.lower() for w in found.words[:20_000])
-        counts = count_words(texts, self.unit, self.lowercase)
-        kept = [i for i, w in enumerate(found.words) if (i < words.max_words or w in counts) and w not in SPECIAL]
+        first = list(read_words(words.vectors, vocabulary=words.vocabulary, most=LOOKED_AT))
+        self.unit = choose_unit(texts, first) if words.unit == "auto" else words.unit
+        self.lowercase = not any(w != w.lower() for w in first)
+        counts = count_words(texts, self.unit, self.lowercase, self.possible_words(texts))
+        found = read_vectors(words.vectors, vocabulary=words.vocabulary, wanted=counts, most=words.max_words)
+        kept = [i for i, word in enumerate(found.words) if word not in SPECIAL]
         self.vectors = WordVectors([found.words[i] for i in kept], found.table[kept])
         self.tell_unknown(counts, set(self.vectors.words))
         return self.vectors.words
+
+    def possible_words(self, texts: list[str]) -> list[str]:
+        """For unit 'longest' the words of the file that the texts have every character of: which of them a text is split
+        into depends on the others."""
+        words = self.config.words
+        if self.unit != "longest" or words.vectors is None:
+            return []
+        there = set("".join(texts))
+        there |= set("".join(there).lower())
+        read = read_words(words.vectors, vocabulary=words.vocabulary)
+        return list(dict.fromkeys(word for word in read if there.issuperset(word) and word not in SPECIAL))
 
     def tell_unknown(self, counts: Counter[str], known: set[str]) -> None:
         unknown = Counter({w: n for w, n in counts.items() if w not in known})
@@ -117,7 +131,7 @@ class WordsRun(_Run):
         )
         trained = sum(p.numel() for p in self.parameters)
         self.say(
-            f"{config.head.type} over {size:,} {self.unit}s of {dimension} numbers "
+            f"{config.head.type} over {size:,} {PIECES[self.unit]} of {dimension} numbers "
             f"({'learned' if learned else 'frozen'}): {trained:,} parameters trained, {self.plan.total_steps:,} steps"
         )
         self.set_training_mode()
@@ -129,9 +143,11 @@ class WordsRun(_Run):
             table.mul_(0.1)
             return
         vectors = torch.from_numpy(self.vectors.table)
+        unknown = vectors.mean(dim=0)
         table.zero_()
-        table[len(SPECIAL) :] = vectors
-        table[UNKNOWN] = vectors.mean(dim=0)
+        table[UNKNOWN] = unknown
+        table[len(SPECIAL) :] = unknown  # characters that are known only inside words
+        table[len(SPECIAL) : len(SPECIAL) + len(vectors)] = vectors
 
     def save_best(self) -> None:
         if not self.accelerator.is_main_process:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -66,6 +71,49 @@ def test_advice_says_whether_more_rows_would_help_and_knows_that_errors_should_b
     assert "longer one with --budget" in advice([Result("a", "a")], "accuracy", True)
 
 
+def named(metric: str, *ways: Result) -> list[Result]:
+    """The same figures as those of another metric."""
+    for way in ways:
+        for point in way.points:
+            point["metrics"] = {metric: point["metrics"]["accuracy"]}
+    return list(ways)
+
+
+def in_folds(way: Result) -> Result:
+    way.folds = True
+    return way
+
+
+def test_folds_hold_out_other_rows_each_and_count_together():
+    values = [0.93, 0.934, 0.926, 0.93, 0.93]
+    cheap, dear = result("cheap", [v - 0.03 for v in values], 1.0, held=200), result("dear", values, 100.0, held=200)
+    assert advice([cheap, dear], "accuracy", True).startswith("Use cheap")  # five seeds on the same 200 rows
+    assert advice([in_folds(cheap), in_folds(dear)], "accuracy", True).startswith("Use dear")  # 1,000 rows
+    close = [in_folds(result("a", [0.9, 0.9], 1.0)), in_folds(result("b", [0.91, 0.91], 9.0))]
+    assert "noise on 1,000 held-out rows and 2 folds" in advice(close, "accuracy", True)
+
+
+def test_a_figure_that_is_no_share_of_rows_needs_several_seeds_to_be_told_from_noise():
+    one = advice(named("pearson", result("majority", [0.0], 0.1), result("full", [-0.339], 9.0)), "pearson", True)
+    assert "33.9 points ahead of full" in one
+    assert "cannot be told from one seed of pearson" in one
+    assert "noise:" not in one
+    same = advice(named("macro_f1", result("a", [0.8] * 3, 0.1), result("b", [0.81] * 3, 9.0)), "macro_f1", True)
+    assert same.startswith("Use b") and "cannot be told from seeds that all give the same macro_f1: --folds" in same
+    constant = result("majority", [0.1], 0.1)
+    constant.seeded = False
+    spread = advice(named("macro_f1", constant, result("b", [0.8, 0.82, 0.81], 9.0)), "macro_f1", True)
+    assert spread.startswith("Use b") and "(noise: 1.2 points)" in spread
+
+
+def test_errors_are_said_as_they_are_and_not_as_points_of_a_hundred():
+    worse, better = result("a", [20.8, 20.6], 1.0), result("b", [9.5, 9.7], 2.0, quarter=12.0)
+    said = advice(named("mae", worse, better), "mae", False)
+    assert said.startswith("Use b: mae 9.6 ± 0.1414, 11.1 ahead of a (noise: 0.283)")
+    assert "more labelled rows would help (4 times the rows brought -2.4)" in said
+    assert "points" not in said
+
+
 def test_smaller_shares_lie_within_larger_ones_and_keep_every_class():
     targets = np.array([0] * 90 + [1] * 9 + [2])
     parts = [set(part_of(targets, share, 5).tolist()) for share in (0.01, 0.05, 0.25, 1.0)]
@@ -104,6 +152,64 @@ def test_the_command_prints_a_table_and_leaves_a_page(make_config, write_rows, t
     assert found["advice"].split(":")[0] in page
 
 
+def test_every_way_is_measured_on_every_fold(make_config, tmp_path):
+    path = make_config(training={"threads": 1})
+    done = regraft("compare", path, "--ways", "majority,tfidf", "--folds", "3", "--shares", "1", timeout=200)
+    assert done.returncode == 0, done.stderr
+    ways = json.loads((tmp_path / "run-compare" / "compare.json").read_text())["ways"]
+    assert [sorted(p["seed"] for p in way["points"]) for way in ways] == [[0, 1, 2]] * 2
+    assert [sum(p["held"] for p in way["points"]) for way in ways] == [64, 64]
+    refused = regraft("compare", path, "--folds", "65")
+    assert refused.returncode == 2 and "--folds 65: there are 64 training rows" in refused.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_comparison_that_is_stopped_keeps_its_points_and_leaves_no_process(make_config, tmp_path, sent):
+    import psutil
+
+    path = make_config(training={"epochs": 5000, "threads": 1})
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "regraft.engine", "compare", str(path), "--ways", "majority,full", "--shares", "1"]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        start_new_session=True,  # SIGINT is not ignored there, as it is for a job in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    kept, workers = tmp_path / "run-compare" / "compare.json", []
+    try:
+        until = time.monotonic() + 60
+        while not (kept.exists() and any((tmp_path / "tmp").glob("*/full"))):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.05)
+        workers = psutil.Process(process.pid).children()
+        assert workers
+        process.send_signal(sent)
+        _, told = process.communicate(timeout=30)
+        assert psutil.wait_procs(workers, timeout=10)[1] == []
+    finally:
+        for one in (*workers, process):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    majority, full = json.loads(kept.read_text())["ways"]
+    assert (len(majority["points"]), full["points"]) == (1, [])
+    assert (tmp_path / "run-compare" / "compare.html").is_file()
+    if sent != signal.SIGKILL:
+        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+        assert "stopped; what was measured until then" in told
+        assert list((tmp_path / "tmp").glob("regraft-*")) == []
+
+
+def test_the_way_over_four_layers_takes_those_there_are(make_config, tmp_path):
+    path = make_config(training={"epochs": 1, "threads": 1}, features={"store": str(tmp_path / "store")})
+    done = regraft("compare", path, "--ways", "bilstm", "--seeds", "1", "--shares", "1", timeout=200)
+    assert done.returncode == 0, done.stderr
+    (way,) = json.loads((tmp_path / "run-compare" / "compare.json").read_text())["ways"]
+    assert len(way["points"]) == 1, way["why"]
+
+
 def test_the_budget_is_kept(make_config, tmp_path):
     config = load_config(make_config(training={"epochs": 5000, "threads": 1}))
     began = time.monotonic()
@@ -131,7 +237,7 @@ def test_groups_of_unlabelled_texts_show_the_rows_nearest_their_centre(make_conf
     assert "group 2: 4 rows" in done.stdout
 
 
-@pytest.mark.parametrize("text", ["0", "10x", "-3m", ""])
+@pytest.mark.parametrize("text", ["0", "10x", "-3m", "", "1.2.3s", "."])
 def test_budgets_that_are_none_are_refused(make_config, text):
     done = regraft("compare", make_config(), f"--budget={text}")
     assert done.returncode == 2

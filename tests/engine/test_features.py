@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -265,10 +268,95 @@ def test_a_store_of_another_version_is_refused_with_the_cure(config_of, tmp_path
     assert not about.parent.exists()
 
 
+def printed_command(message: str) -> list[str]:
+    """The command that an error names between backquotes, as a shell takes it apart."""
+    words = shlex.split(message.split("`")[1])
+    assert words[:2] == ["regraft", "features"]
+    return words[1:]
+
+
+def damage(root: Path) -> None:
+    (path,) = shards(root)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def new_version(root: Path) -> None:
+    about = next(root.glob("*/store.json"))
+    about.write_text(about.read_text().replace('"format": 1', '"format": 99'))
+
+
+def torn_about(root: Path) -> None:
+    next(root.glob("*/store.json")).write_text("{")
+
+
+def shard_of_new_version(root: Path) -> None:
+    (path,) = shards(root)
+    path.write_bytes(path.read_bytes().replace(b'"format":"1"', b'"format":"9"'))
+
+
+@pytest.mark.parametrize("wrong", [damage, new_version, torn_about, shard_of_new_version])
+def test_the_cure_that_is_printed_cures_the_configured_store_and_no_other(config_of, tmp_path, wrong):
+    from regraft.engine.cli import main
+    from regraft.engine.features.root import store_root
+
+    ours = tmp_path / "my store"
+    for root in (ours, store_root(None)):  # the same features, in the usual place too
+        compute(config_of(f"features.store={root}"))
+    usual = shards(store_root(None))
+    wrong(ours)
+    with pytest.raises(StoreError) as refused:
+        compute(config_of(f"features.store={ours}"))
+    assert main(printed_command(str(refused.value))) == 0
+    assert shards(store_root(None)) == usual
+    _, said = compute(config_of(f"features.store={ours}"))
+    assert computed(said) > 0
+
+
+def test_a_damaged_header_is_an_error_that_names_the_shard_and_the_cure_mends_it(config_of, tmp_path):
+    compute(config_of())
+    (path,) = shards(tmp_path / "store")
+    whole = path.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(end):
+        content = bytearray(whole)
+        content[at] ^= 0x10
+        path.write_bytes(content)
+        if content[8:end] != whole[8:end] and content[8:end].strip() == whole[8:end].strip():
+            continue  # a blank less behind the header's end says nothing else
+        with pytest.raises(StoreError, match=path.name):
+            open_shard(path)
+    for content in (b"", b"1234", bytes(100), whole[:end], b"\x02" + bytes(7) + b"[]" + bytes(90)):
+        path.write_bytes(content)
+        answer = regraft("features", "list", "--root", tmp_path / "store")
+        assert (answer.returncode, "unreadable" in answer.stdout) == (0, True), answer.stderr
+    answer = regraft("features", "verify", "--delete", "--root", tmp_path / "store")
+    assert answer.returncode == 0, answer.stderr
+    assert "damaged, deleted" in answer.stdout
+    _, said = compute(config_of())
+    assert computed(said) > 0
+
+
+def test_shards_from_before_headers_had_a_checksum_still_open(config_of, tmp_path):
+    from safetensors.torch import safe_open, save_file
+
+    compute(config_of())
+    (path,) = shards(tmp_path / "store")
+    with safe_open(path, "pt") as opened:
+        about = opened.metadata()
+    about.pop("header")
+    save_file(load_file(path), path, about)
+    _, said = compute(config_of())
+    assert computed(said) == 0
+
+
 def test_layers_that_do_not_exist_are_refused_before_anything_is_loaded(config_of):
     for layers in ("3", "-4", "[0,9]"):
         with pytest.raises(ConfigError, match=r"has no layer .*0 \(the embeddings\) to 2"):
             feature_spec(config_of(f"features.layers={layers}"))
+    with pytest.raises(ConfigError, match=r"last4: .* has 2 layers and its embeddings; use all"):
+        feature_spec(config_of("features.layers=last4"))
     with pytest.raises(ConfigError, match="twice"):
         feature_spec(config_of("features.layers=[2,-1]"))
 
@@ -301,6 +389,32 @@ def test_a_full_disk_keeps_the_finished_shards(config_of, tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)  # lazily: shards are still mapped
 
 
+def test_a_store_that_cannot_be_begun_is_refused_by_its_own_name(config_of, tmp_path):
+    (tmp_path / "file").write_text("")
+    for store in (tmp_path / "file", tmp_path / "file" / "store"):
+        with pytest.raises(StoreError, match=rf"features.store: {store}: {tmp_path / 'file'} is a file"):
+            compute(config_of(f"features.store={store}"))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "x", disk], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("a file system of its own cannot be mounted here")
+    try:
+        with (disk / "fill").open("wb", buffering=0) as fill, contextlib.suppress(OSError):
+            while True:
+                fill.write(b"0" * 4096)
+        done = regraft("train", config_of.path, "--set", f"features.store={disk / 'store'}")
+        assert done.returncode == 2, done.stderr
+        assert f"{disk / 'store'}/" in done.stderr.splitlines()[-1]  # and not the run folder
+        assert "the disk is full" in done.stderr
+        # A full cache folder costs time, not the run.
+        env = os.environ | {"REGRAFT_CACHE": str(disk / "cache")}
+        done = regraft("features", config_of.path, "--set", f"features.store={tmp_path / 's'}", env=env)
+        assert done.returncode == 0, done.stderr
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_pruning_deletes_what_was_used_longest_ago(config_of, tmp_path):
     root = tmp_path / "store"
     folders = []
@@ -318,6 +432,26 @@ def test_pruning_deletes_what_was_used_longest_ago(config_of, tmp_path):
     listed = regraft("features", "list", "--root", root).stdout
     assert folders[0] in listed
     assert folders[1] not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("RUN", "--root", "X"), r"--root: for `regraft features` list, verify, prune, .* features.store=FOLDER"),
+        (("RUN", "--to", "3"), "--to: for `regraft features` prune, not for"),
+        (("RUN", "--delete"), "--delete: for `regraft features` verify"),
+        (("RUN", "--clusters", "0"), "--clusters 0: expected at least 2"),
+        (("list", "--clusters", "3"), "--clusters: for `regraft features` a run's YAML file, not for list"),
+        (("list", "--set", "run=x"), "--set: for `regraft features` a run's YAML file"),
+        (("prune", "--to", "nan"), "prune: say how much may stay"),
+        (("prune", "--to", "1", "--store", "x"), "prune: --to GB or --store NAME"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(config_of, capsys, arguments, told):
+    from regraft.engine.cli import main
+
+    assert main(["features", *(str(config_of.path) if a == "RUN" else a for a in arguments)]) == 2
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_embeddings_equal_those_of_sentence_transformers(real_data, tmp_path):

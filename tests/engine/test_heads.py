@@ -165,6 +165,16 @@ def test_zero_shot_follows_the_descriptions_and_reads_no_label(frozen):
     assert right.metrics["dev"]["accuracy"] > 0.55
 
 
+def test_a_description_of_no_label_is_refused_with_the_nearest(frozen):
+    with pytest.raises(ConfigError, match=r"head.descriptions: 'poss' is no label of the rows \(did you mean 'pos'"):
+        frozen("head.type=zeroshot", 'head.descriptions={"poss": "good", "neg": "bad"}')
+
+
+def test_a_filter_over_no_token_is_refused(make_config):
+    with pytest.raises(ConfigError, match=r"head.kernels.*greater than or equal to 1"):
+        load_config(make_config(method="frozen", head={"type": "cnn", "kernels": [3, 0]}))
+
+
 def test_features_in_batches_are_cells_with_zeros_behind_the_end():
     batch = FeatureBatch(torch.arange(12.0).view(6, 1, 2) + 1, torch.tensor([2, 4]))
     cells, lengths = batch.cells()
@@ -219,7 +229,7 @@ def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen
 
     one = frozen("head.type=bilstm", "head.hidden=8", "training.max_steps=5", folder="topic").folder
     two = frozen("head.type=logistic", "features.layers=[0,2]", folder="mood").folder
-    report = export_bundle([one, two], tmp_path / "both")
+    report = export_bundle([one, two / "best"], tmp_path / "both")
     assert "heads: topic, mood; the encoder runs once" in report
     session = Session(tmp_path / "both", threads=1, warm_tokens=64)
     texts = ["good film", "bad slow dull plot and a very long story " * 4]
