@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from forks import Forks
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -124,16 +126,16 @@ def make_config(tmp_path: Path, tiny_model: Path, write_rows: Callable[..., Path
     return make
 
 
-def regraft(*arguments: str, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user does."""
-    return subprocess.run(
-        [sys.executable, "-m", "regraft.engine", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-        **options,  # type: ignore[call-overload]
-    )
+FORKS = Forks()
+
+
+def regraft(*arguments: object, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does, in a process of its own."""
+    given = [str(argument) for argument in arguments]
+    if options.keys() <= {"input", "cwd"} and FORKS.can_run():
+        return FORKS.run(given, timeout=timeout, **options)
+    command = [sys.executable, "-m", "regraft.engine", *given]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, **options)
 
 
 @pytest.fixture(scope="session")
