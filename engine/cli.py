@@ -111,14 +111,11 @@ def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
 
 def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the run's YAML file")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key, such as training.learning_rate=3e-5",
-    )
+    _add_set(parser, "KEY=VALUE", "override a key, such as training.learning_rate=3e-5")
+
+
+def _add_set(parser: argparse.ArgumentParser, shape: str, told: str) -> None:
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar=shape, help=told)
 
 
 def _add_train(commands: argparse._SubParsersAction) -> None:
@@ -156,14 +153,8 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _add_data_overrides(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="data.KEY=VALUE",
-        help="read the rows otherwise than the run did: data.columns.text=body, data.empty=drop",
-    )
+    told = "read the rows otherwise than the run did: data.columns.text=body, data.empty=drop"
+    _add_set(parser, "data.KEY=VALUE", told)
 
 
 def _add_task(parser: argparse.ArgumentParser) -> None:

@@ -270,15 +270,15 @@ def same_answers(trained: Trained, comparison: Comparison | None, run: Run) -> d
     scale = max(1.0, *(float(np.abs(x[np.isfinite(x)]).max(initial=0.0)) for x in expected))
     errors = np.array([_largest_error(_first(a), b) for a, b in zip(outputs, expected, strict=True)]) / scale
     worst = int(errors.argmax())
+    quality = _quality(trained, comparison, outputs)
     if not errors[worst] <= PARITY_TOLERANCE:
         row = worst if examples.row_of is None else int(examples.row_of[worst])
-        quality = _quality(trained, comparison, outputs)
         raise ExportError(
             f"the graph's outputs differ from the model's by {errors[worst]:.1e} (allowed {PARITY_TOLERANCE:.0e}), worst for "
             f"{examples.rows.where(row)}; {quality['metric']} {quality['model']:.4f} of the model, {quality['graph']:.4f} of "
             "the graph; nothing was written"
         )
-    return _quality(trained, comparison, outputs)
+    return quality
 
 
 def _first(output: Any) -> np.ndarray:

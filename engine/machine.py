@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
+import os
 import platform
+import signal
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from regraft.engine.threads import available_threads
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @cache
@@ -74,6 +80,15 @@ def start_without_collector() -> Iterator[None]:
 def thaw() -> None:
     """Let the collector see again what a start has left out: a process may train many models."""
     gc.unfreeze()
+
+
+def end_with(parent: int) -> None:
+    """Let this process be killed when its parent has ended, however that ended. Linux only."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def versions(*more: str) -> dict[str, str]:

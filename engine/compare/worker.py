@@ -8,12 +8,9 @@ Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import resource
 import shutil
-import signal
 import statistics
 import sys
 import time
@@ -27,10 +24,10 @@ from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured, ro
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import RegraftError
+from regraft.engine.machine import end_with
 from regraft.engine.tasks import Tagging, Task
 
 LATENCY_TEXTS = 30
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(path: str) -> int:
@@ -68,15 +65,6 @@ def main(path: str) -> int:
         _say({"share": share, "seed": seed, "wall_seconds": wall, **found})
     _say({"memory_mb": _memory() / 1e6})
     return 0
-
-
-def end_with(parent: int) -> None:
-    """Let this process be killed when its parent has ended, however that ended. Linux only."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def held_out(splits: dict, folds: int, fold: int) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -13,17 +12,18 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from regraft.engine.config import RunConfig
 from regraft.engine.errors import ConfigError, TrainingError
+from regraft.engine.machine import end_with
 from regraft.engine.training.together import check_deepspeed, machines
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 1.0  # a rank that dies takes others with it: wait until it can be told which was first
 GRACE_SECONDS = 5.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -96,11 +96,6 @@ def _told_to_end(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def _die_with_parent() -> None:
-    """Run in a rank before its program: let the kernel end it when the process that watches over it is killed outright."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _start(arguments: Sequence[str], number: int, processes: int, port: int) -> Rank:
     errors = tempfile.TemporaryFile()  # noqa: SIM115 closed with the rank
     env = os.environ | {
@@ -119,7 +114,7 @@ def _start(arguments: Sequence[str], number: int, processes: int, port: int) -> 
         env=env,
         stdout=subprocess.DEVNULL if quiet else None,
         stderr=errors if quiet else None,
-        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=partial(end_with, os.getpid()) if sys.platform == "linux" else None,
     )
     return Rank(number, process, errors)
 

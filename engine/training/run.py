@@ -347,9 +347,8 @@ class _Run:
         config = self.config.model_dump(mode="json")
         write_text(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_text(self.folder / "versions.json", json.dumps(versions_of(self.config), indent=2) + "\n")
-        mark: dict[str, Any] = {"config_hash": config_hash(self.config), "config": config}
-        mark |= {"data": fingerprints(self.config)}
-        mark |= {"finished": False}
+        mark: dict[str, Any] = {"config_hash": config_hash(self.config), "config": config, "finished": False}
+        mark["data"] = fingerprints(self.config)
         write_text(self.folder / "run.json", json.dumps(mark, indent=2) + "\n")
 
     def take_step(self) -> None:
