@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,11 +58,21 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ConfigError("prune: --to GB or --store NAME, not both")
 
 
-def _list(args: argparse.Namespace) -> int:
-    from regraft.engine.features.keep import stores
+def _root(args: argparse.Namespace) -> Path:
+    """The folder of stores to look after. Raises StoreError for one that was named and is not there."""
+    from regraft.engine.errors import StoreError
     from regraft.engine.features.root import store_root
 
     root = store_root(args.root)
+    if args.root and not root.is_dir():
+        raise StoreError(f"--root {args.root}: no such folder")
+    return root
+
+
+def _list(args: argparse.Namespace) -> int:
+    from regraft.engine.features.keep import stores
+
+    root = _root(args)
     total = 0
     for store in stores(root):
         print(store.line())
@@ -72,9 +83,8 @@ def _list(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from regraft.engine.features.keep import stores, verify
-    from regraft.engine.features.root import store_root
 
-    root = store_root(args.root)
+    root = _root(args)
     wrong = verify(root, delete=args.delete)
     for line in wrong:
         print(line)
@@ -85,9 +95,8 @@ def _verify(args: argparse.Namespace) -> int:
 def _prune(args: argparse.Namespace) -> int:
     from regraft.engine.errors import StoreError
     from regraft.engine.features.keep import prune, remove
-    from regraft.engine.features.root import store_root
 
-    root = store_root(args.root)
+    root = _root(args)
     if args.store:
         remove(root, args.store)
         print(f"{root / args.store}: deleted")

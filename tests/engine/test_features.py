@@ -445,9 +445,11 @@ def test_pruning_deletes_what_was_used_longest_ago(config_of, tmp_path):
         (("list", "--set", "run=x"), "--set: for `regraft features` a run's YAML file"),
         (("prune", "--to", "nan"), "prune: say how much may stay"),
         (("prune", "--to", "1", "--store", "x"), "prune: --to GB or --store NAME"),
+        (("list", "--root", "nowhere"), "--root nowhere: no such folder"),
+        (("prune", "--to", "0", "--root", "nowhere"), "--root nowhere: no such folder"),
     ],
 )
-def test_an_option_that_would_be_ignored_is_refused(config_of, capsys, arguments, told):
+def test_an_option_that_cannot_be_meant_is_refused(config_of, capsys, arguments, told):
     from regraft.engine.cli import main
 
     assert main(["features", *(str(config_of.path) if a == "RUN" else a for a in arguments)]) == 2
