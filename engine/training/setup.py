@@ -136,12 +136,16 @@ def set_threads(config: RunConfig) -> int:
     """Threads for torch: the configured number or this process's share of the machine."""
     import torch
 
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = config.training.threads or max(1, available_threads() // processes)
+    threads = config.training.threads or max(1, available_threads() // processes_here())
     torch.set_num_threads(threads)
     if not torch.cuda.is_available():
         keep_freed_memory()
     return threads
+
+
+def processes_here() -> int:
+    """How many processes of this run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def keep_freed_memory() -> bool:
@@ -197,7 +201,7 @@ def activation_bytes(model: Any, precision: str) -> float:
 
 
 def free_memory() -> int:
-    """Bytes free on the GPU, or, where there is none, what this process may still take of the machine's."""
+    """Bytes free on the GPU, or, where there is none, this process's share of what may still be taken of the machine's."""
     import torch
 
-    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host_memory()
+    return int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host_memory() // processes_here()

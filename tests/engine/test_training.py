@@ -244,3 +244,17 @@ def test_a_micro_batch_that_memory_may_not_hold_is_told_from_one_that_it_surely_
     fits = free_memory() / activation_bytes(model, "fp32")
     assert could_run_out(int(fits / 2), model, "fp32") and could_run_out(int(fits * 2), model, "fp32")
     assert not could_run_out(int(fits / 100), model, "fp32")
+
+
+def test_processes_on_one_machine_share_its_memory(tiny_model, make_config, monkeypatch):
+    from transformers import AutoModelForSequenceClassification
+
+    from regraft.engine.training.setup import activation_bytes, choose_token_budget, could_run_out
+
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    config, a_token = load_config(make_config()), activation_bytes(model, "fp32")
+    monkeypatch.setattr("regraft.engine.training.setup.host_memory", lambda: int(10_000 * a_token))
+    alone = choose_token_budget(config, model, "fp32")
+    assert alone == 4000 and not could_run_out(900, model, "fp32")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert choose_token_budget(config, model, "fp32") == alone // 4 and could_run_out(900, model, "fp32")
