@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from regraft.engine.config import NOT_DECISIVE, RunConfig, config_hash
 from regraft.engine.errors import RegraftError, TrainingError
 from regraft.engine.files import file_sha256
@@ -73,8 +75,10 @@ def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult
         state = json.loads(mark.read_text(encoding="utf-8"))
     except ValueError as error:
         raise TrainingError(f"{mark}: cannot be read ({error}); start with --restart") from None
-    if state["config_hash"] != config_hash(config):
-        changed = _changed(state["config"], config.model_dump(mode="json"))
+    kept = _completed(state["config"])
+    if state["config_hash"] != config_hash(config) and (kept is None or config_hash(kept) != config_hash(config)):
+        there = state["config"] if kept is None else kept.model_dump(mode="json")
+        changed = _changed(there, config.model_dump(mode="json"))
         raise TrainingError(
             f"{folder}: holds a run with another configuration ({changed}). Choose another run folder with "
             "--set run=FOLDER, or start with --restart to replace it"
@@ -84,6 +88,14 @@ def open_run_folder(folder: Path, config: RunConfig, restart: bool) -> RunResult
         return None
     result = state["result"]
     return RunResult(folder, result["best_step"], result["metrics"], result["seconds"], result["steps"], earlier=True)
+
+
+def _completed(kept: dict[str, Any]) -> RunConfig | None:
+    """A kept configuration, with defaults for the keys that there were not yet when its run began."""
+    try:
+        return RunConfig.model_validate(kept)
+    except ValidationError:
+        return None
 
 
 def clear_run_folder(folder: Path) -> None:

@@ -258,3 +258,17 @@ def test_processes_on_one_machine_share_its_memory(tiny_model, make_config, monk
     assert alone == 4000 and not could_run_out(900, model, "fp32")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert choose_token_budget(config, model, "fp32") == alone // 4 and could_run_out(900, model, "fp32")
+
+
+def test_a_run_from_before_there_were_some_keys_is_still_the_same_run(make_config):
+    path = make_config(training={"max_steps": 2})
+    folder = train(load_config(path)).folder
+    mark = json.loads((folder / "run.json").read_text())
+    mark["config_hash"] = "of another version"
+    del mark["config"]["mixing"], mark["config"]["training"]["ema"]
+    (folder / "run.json").write_text(json.dumps(mark))
+    assert train(load_config(path)).earlier
+    mark["config"]["training"]["seed"] = 7
+    (folder / "run.json").write_text(json.dumps(mark))
+    with pytest.raises(TrainingError, match=r"another configuration \(training\.seed: 7 there, 0 here\)"):
+        train(load_config(path))
