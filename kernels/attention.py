@@ -21,7 +21,7 @@ from torch import Tensor
 
 from regraft.kernels import attention_native
 from regraft.kernels.checks import expect, expect_range
-from regraft.kernels.dropout import LEVELS, dropout, keep_mask, scale_of
+from regraft.kernels.dropout import BELOW, LEVELS, dropout, keep_mask, scale_of
 from regraft.kernels.rotary import rotate_merged
 
 # What one more group costs, in attention cells squared (b L^2): measured on two cores as about 0.1 ms.
@@ -301,7 +301,7 @@ def _expect_separate(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: i
 
 
 def _expect_options(dropout_p: float, window: int | None) -> None:
-    expect_range("dropout_p", dropout_p, 0, 1)
+    expect_range("dropout_p", dropout_p, 0, BELOW)
     if window is not None and window < 0:
         raise ValueError(f"window: is {window}, expected None or a number of positions from 0")
 

@@ -54,5 +54,24 @@ def expect_cu_seqlens(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: is empty, expected [sequences + 1]")
 
 
+def expect_bounds(name: str, x: Tensor, rows: int, longest: int | None = None) -> None:
+    """Refuse bounds [B + 1] of segments that do not go from 0 to `rows` without falling, or of one longer than `longest`.
+
+    Only on CPU: they are not read from a device. Raises ValueError.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    first, last = int(x[0]), int(x[-1])
+    if (first, last) != (0, rows):
+        raise ValueError(f"{name}: is {first} to {last}, expected 0 to {rows}, the number of rows")
+    sizes = x.diff()
+    if bool((sizes < 0).any()):
+        raise ValueError(f"{name}: falls after sequence {int((sizes < 0).int().argmax())}, expected never to fall")
+    if longest is not None and bool((sizes > longest).any()):
+        raise ValueError(
+            f"max_seqlen: is {longest}, and sequence {int(sizes.argmax())} of {name} has {int(sizes.max())}"
+        )
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

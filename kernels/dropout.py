@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels.checks import expect_range
+
 LEVELS = 1 << 16
+BELOW = 1 - 0.5 / LEVELS  # p: from here on everything would be dropped
 
 
 def keep_mask(shape: torch.Size | tuple[int, ...], p: float, device: torch.device | str = "cpu") -> Tensor:
@@ -51,8 +54,7 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
     Raises ValueError for p outside [0, 1).
     """
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability must be in [0, 1), got {p}")
+    expect_range("p", p, 0, BELOW)
     if not training or round(p * LEVELS) == 0:
         return x
     return _Dropout.apply(x, p)

@@ -47,7 +47,7 @@ class RowGradient:
         self.weight.grad = None
 
     def _touched(self) -> Tensor:
-        return torch.unique(torch.cat(self._read)) if self._read else torch.empty(0, dtype=torch.int64)
+        return torch.unique(torch.cat(self._read)).long() if self._read else torch.empty(0, dtype=torch.int64)
 
 
 class _RowEmbedding(torch.autograd.Function):

@@ -18,7 +18,18 @@ from torch import Tensor
 from regraft.kernels.checks import expect, expect_range
 from regraft.kernels.choice import use_triton
 from regraft.kernels.dropout import scale_of
-from regraft.kernels.lang import MORE_ROWS, accumulate, cdiv, jit, load_as, next_power_of_2, processors, store, tl
+from regraft.kernels.lang import (
+    MORE_ROWS,
+    accumulate,
+    block_of,
+    cdiv,
+    jit,
+    load_as,
+    next_power_of_2,
+    processors,
+    store,
+    tl,
+)
 from regraft.kernels.philox import keep_mask, keep_tile, resolve_seed, threshold_of
 from regraft.kernels.shipped import Shipped
 
@@ -144,7 +155,7 @@ def _forward(
     mean = word.new_empty(rows, dtype=_wide(word.dtype))
     rstd = torch.empty_like(mean)
     if rows:
-        block = next_power_of_2(width)
+        block = block_of(width)
         tile = max(1, min(4, TILE // block)) * MORE_ROWS
         _forward_kernel[(cdiv(rows, tile),)](
             ids, positions, types, word, position, kinds, weight, bias, seed, y, mean, rstd, rows, eps, scale_of(p),
@@ -209,7 +220,7 @@ def _backward(
         dposition.index_add_(0, positions, dz)
         sums = torch.stack([(g * xhat).sum(0), g.sum(0)])
     else:
-        block = next_power_of_2(width)
+        block = block_of(width)
         tile = max(1, TILE // block) * MORE_ROWS
         programs = min(max(1, cdiv(rows, tile)), 2 * processors(word.device))
         dz = torch.empty(rows, width, dtype=wide, device=word.device)
@@ -404,7 +415,7 @@ def shipped() -> list[Shipped]:
     given |= {"site": "i32", "skip": "i32"}
     found = []
     for width in (384, 768, 1024):
-        block = next_power_of_2(width)
+        block = block_of(width)
         flags = {"H": width, "BLOCK": block, "HAS_TYPES": True, "DROP": True, "ACC": tl.float32}
         rows = min(4, TILE // block)
         forward = {**flags, "HAS_BIAS": True, "ROWS": rows}

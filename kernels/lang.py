@@ -47,6 +47,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+def block_of(width: int) -> int:
+    """Columns of a program that holds whole rows; dropout draws for eight at once."""
+    return max(8, next_power_of_2(width))
+
+
 def processors(device: Any) -> int:
     """Multiprocessors of a CUDA device; 2 elsewhere. Kernels that sum over rows start a few programs for each."""
     import torch

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.checks import expect, expect_range
-from regraft.kernels.dropout import LEVELS, keep_mask, scale_of
+from regraft.kernels.dropout import BELOW, LEVELS, keep_mask, scale_of
 
 
 def lora_linear(
@@ -47,7 +47,7 @@ def lora_linear(
     if out is None:
         out = sum(t.shape[0] for t in b)
     _check(x, weight, bias, a, b, scales, starts, out)
-    expect_range("p", p, 0, 1)
+    expect_range("p", p, 0, BELOW)
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = x.reshape(-1, x.shape[-1]).contiguous()

@@ -19,7 +19,7 @@ from torch import Tensor
 from regraft.kernels.checks import expect, expect_range
 from regraft.kernels.choice import use_triton
 from regraft.kernels.dropout import scale_of
-from regraft.kernels.lang import MORE_ROWS, accumulate, cdiv, jit, load_as, next_power_of_2, processors, store, tl
+from regraft.kernels.lang import MORE_ROWS, accumulate, block_of, cdiv, jit, load_as, processors, store, tl
 from regraft.kernels.philox import keep_mask, keep_tile, resolve_seed, threshold_of
 from regraft.kernels.shipped import Shipped
 
@@ -112,7 +112,7 @@ def _forward(
     mean = torch.empty(rows, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     rstd = torch.empty_like(mean)
     if rows:
-        block = next_power_of_2(width)
+        block = block_of(width)
         tile = max(1, min(4, TILE // block)) if rows >= 1024 else 1
         tile *= MORE_ROWS
         _forward_kernel[(cdiv(rows, tile),)](
@@ -164,7 +164,7 @@ def _backward(
         if seed is not None:
             dx.copy_(slope * _keep(x, seed, p, site) * scale_of(p))
         return dz, dx, (g * xhat).sum(0), g.sum(0)
-    block = next_power_of_2(width)
+    block = block_of(width)
     tile = max(1, TILE // block) * MORE_ROWS
     programs = min(max(1, cdiv(rows, tile)), 2 * processors(x.device))
     partial = torch.empty(2, programs, width, dtype=mean.dtype, device=x.device)
@@ -295,7 +295,7 @@ def shipped() -> list[Shipped]:
     """Forward and backward at the hidden sizes of common encoders, with dropout and residual, in bf16."""
     found = []
     for width in (384, 768, 1024):
-        block = next_power_of_2(width)
+        block = block_of(width)
         flags = {"HAS_RESIDUAL": True, "DROP": True, "ACC": tl.float32, "H": width, "BLOCK": block}
         pointers = {"x_ptr": "*bf16", "residual_ptr": "*bf16", "weight_ptr": "*fp32"}
         forward = {

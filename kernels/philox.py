@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.checks import expect, expect_range
-from regraft.kernels.dropout import LEVELS, scale_of
+from regraft.kernels.dropout import BELOW, LEVELS, scale_of
 from regraft.kernels.lang import jit, tl
 
 ROUNDS = 7
@@ -26,7 +26,7 @@ _A, _B, _KEY_A, _KEY_B = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85
 
 def threshold_of(p: float) -> int:
     """A 16-bit draw below this drops. 0 means no dropout at all. Raises ValueError for p outside [0, 1)."""
-    expect_range("dropout p", p, 0, 1)
+    expect_range("dropout p", p, 0, BELOW)
     return round(p * LEVELS)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from regraft.kernels.checks import expect, expect_range
-from regraft.kernels.dropout import dropout
+from regraft.kernels.dropout import BELOW, dropout
 
 if TYPE_CHECKING:
     from regraft.kernels.attention import Group, Layout
@@ -40,7 +40,7 @@ def prefixed_attention(
     expect("q", q, shape=(queries_given, *k.shape[1:]), dtype=k.dtype, like=k, contiguous=False)
     expect("keys", keys, shape=(None, *k.shape[1:]), like=k, contiguous=False)
     expect("values", values, shape=keys.shape, like=k, contiguous=False)
-    expect_range("dropout_p", dropout_p, 0, 1)
+    expect_range("dropout_p", dropout_p, 0, BELOW)
     out, grouped = [], layout.grouped
     for group, members in zip(grouped.groups, grouped.members, strict=True):
         queries = q.index_select(0, members)[:, :, None] if first else _cells(q, group)

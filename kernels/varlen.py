@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.kernels.checks import expect, expect_cu_seqlens, expect_range
+from regraft.kernels.checks import expect, expect_bounds, expect_cu_seqlens, expect_range
 from regraft.kernels.choice import choice, use_triton
-from regraft.kernels.dropout import scale_of
+from regraft.kernels.dropout import BELOW, scale_of
 from regraft.kernels.hand_over import faster
 from regraft.kernels.lang import IS_INTERPRETED, accumulate, cdiv
 from regraft.kernels.philox import keep_mask, resolve_seed, threshold_of
@@ -58,7 +58,7 @@ def varlen_attention(
     expect("qkv", qkv, shape=(None, 3, None, None))
     tokens, _, _, size = qkv.shape
     expect_cu_seqlens("cu_seqlens", cu_seqlens, qkv)
-    expect_range("p", p, 0, 1)
+    expect_range("p", p, 0, BELOW)
     if (cos is None) != (sin is None):
         raise ValueError(f"{'sin' if sin is None else 'cos'}: is None, expected both cos and sin or neither")
     if cos is not None and size % 2:
@@ -70,6 +70,7 @@ def varlen_attention(
         raise ValueError(f"window: is {window}, expected None or a number of positions from 0")
     if max_seqlen < 1 and tokens:
         raise ValueError(f"max_seqlen: is {max_seqlen}, expected at least 1")
+    expect_bounds("cu_seqlens", cu_seqlens, tokens, max_seqlen)
     scale = size**-0.5 if scale is None else scale
     if hands_over(qkv, max_seqlen, p):
         return _flash(qkv, cu_seqlens, max_seqlen, scale, p, window, cos, sin)
@@ -99,8 +100,8 @@ def first_rows_attention(
     expect("k", k, shape=(None, None, None), contiguous=False)
     expect("v", v, shape=k.shape, dtype=k.dtype, like=k, contiguous=False)
     expect_cu_seqlens("cu_seqlens", cu_seqlens, k)
-    expect("q", q, shape=(cu_seqlens.shape[0] - 1, *k.shape[1:]), like=k, contiguous=False)
-    expect_range("p", p, 0, 1)
+    expect("q", q, shape=(cu_seqlens.shape[0] - 1, *k.shape[1:]), dtype=k.dtype, like=k, contiguous=False)
+    expect_range("p", p, 0, BELOW)
     if max_seqlen < 1 and k.shape[0]:
         raise ValueError(f"max_seqlen: is {max_seqlen}, expected at least 1")
     if hands_over(k[:, None], max_seqlen, p):
@@ -109,7 +110,7 @@ def first_rows_attention(
         call = torch.ops.aten._flash_attention_forward
         return call(q.contiguous(), k, v, each, cu_seqlens, 1, max_seqlen, p, False, False, scale=scale)[0]
     rows = cu_seqlens[:-1].long()
-    queries = torch.zeros_like(k).index_copy(0, rows, q.to(k.dtype))
+    queries = torch.zeros_like(k).index_copy(0, rows, q)
     qkv = torch.stack((queries, k, v), dim=1)
     out = varlen_attention(qkv, cu_seqlens, max_seqlen, scale=scale, p=p, seed=seed, site=site)
     return out.index_select(0, rows)

@@ -264,8 +264,9 @@ def backward_queries_kernel(
         inside = n < length
         ka, kb = _load_rotated(k_ptr, cos_ptr, sin_ptr, n, inside, STRIDE, D, PART, ROTARY, ACC)
         v = _load(v_ptr, n, inside, STRIDE, D, WIDTH)
-        # A column beyond the sequence has a key of 0 and adds nothing to dq.
-        p = tl.exp2(_products(qa, qb, ka, kb, ROTARY, ACC) * factor - lse[:, None])
+        # A column beyond the sequence has a score of 0: far above a row's own where these are all very negative.
+        s = tl.where(inside[None, :], _products(qa, qb, ka, kb, ROTARY, ACC) * factor, LOW)
+        p = tl.exp2(s - lse[:, None])
         if WINDOW:
             p = tl.where((m[:, None] - n[None, :] <= window) & (n[None, :] - m[:, None] <= window), p, 0.0)
         dp = dot(dout, tl.trans(v), ACC)
@@ -324,6 +325,7 @@ def backward_keys_kernel(
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         qa, qb = _load_rotated(qkv_ptr + own, cos_ptr, sin_ptr, m, inside, STRIDE, D, PART, ROTARY, ACC)
         dout = _load(dout_ptr, m, inside, H * D, D, WIDTH)
+        # a column beyond the sequence may overflow: its own row of dk and dv alone, which is not stored
         p = tl.exp2(_products(ka, kb, qa, qb, ROTARY, ACC) * factor - lse[None, :])
         if WINDOW:
             p = tl.where((m[None, :] - n[:, None] <= window) & (n[:, None] - m[None, :] <= window), p, 0.0)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from regraft.kernels.embedding import RowGradient, row_embedding
 
 
-def test_it_gives_the_gradient_of_torch_and_clears_to_zero():
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_it_gives_the_gradient_of_torch_and_clears_to_zero(kind):
     weight = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
     twin = weight.detach().clone().requires_grad_(True)
     gradient = RowGradient(weight, padding_idx=3)
     for _ in range(2):  # the second time starts from what clear() left
-        ids = torch.randint(0, 50, (2, 40))
+        ids = torch.randint(0, 50, (2, 40), dtype=kind)
         ids[0, :4] = 3
         upstream = torch.randn(2, 40, 6, dtype=torch.float64)
         for part in (0, 1):  # two micro-batches add up

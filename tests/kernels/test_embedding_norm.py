@@ -30,7 +30,7 @@ def tables(width: int, words: int = 50, places: int = 20, kinds: int = 2) -> lis
 
 @both_forms
 @each_dtype
-@pytest.mark.parametrize("tokens, width", [(1, 384), (97, 1000)])
+@pytest.mark.parametrize("tokens, width", [(1, 384), (97, 1000), (5, 768), (3, 4)])
 def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, tokens, width):
     index = draw(tokens)
     options = {"p": 0.1, "seed": make_seed(3, DEVICE), "site": 2, "eps": 1e-6, "padding_idx": 0}

@@ -28,7 +28,7 @@ def apply(gated: bool):
 @both_forms
 @each_dtype
 @gated_or_not
-@pytest.mark.parametrize("rows, width", [(1, 384), (97, 1000)])
+@pytest.mark.parametrize("rows, width", [(1, 384), (97, 1000), (5, 768)])
 def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, gated, rows, width):
     hold_to_twice_the_error(
         apply(gated),

@@ -26,7 +26,7 @@ def adapted(x, weight, bias, a_q, a_v, b_q, b_v, function=lora_linear, **options
 
 
 @each_dtype
-@pytest.mark.parametrize("rows, width", [(97, 384), (1, 768), (1025, 40)])
+@pytest.mark.parametrize("rows, width", [(97, 384), (1, 768), (3, 1000), (1025, 40)])
 def test_it_is_as_near_to_fp64_as_plain_torch(dtype, rows, width):
     plain = lambda *t: adapted(*t, function=lora.reference)  # noqa: E731
     hold_to_twice_the_error(adapted, plain, inputs(rows, width), dtype, form=FORM, names=NAMES)

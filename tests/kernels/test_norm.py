@@ -28,7 +28,7 @@ def inputs(rows: int, width: int) -> list[torch.Tensor]:
 
 @both_forms
 @each_dtype
-@pytest.mark.parametrize("rows, width", [(1, 384), (97, 768), (6, 1000)])
+@pytest.mark.parametrize("rows, width", [(1, 384), (97, 768), (6, 1000), (5, 2)])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, rows, width, p):
     options = {"p": p, "seed": make_seed(5, DEVICE), "site": 3, "eps": 1e-5}

@@ -31,7 +31,9 @@ def packed(*lengths: int) -> torch.Tensor:
 @both_forms
 @each_dtype
 @each_kind
-@pytest.mark.parametrize("lengths, width, normalise", [((1, 97, 0, 33), 384, False), ((65,), 1000, True)])
+@pytest.mark.parametrize(
+    "lengths, width, normalise", [((1, 97, 0, 33), 384, False), ((65,), 1000, True), ((2, 1025), 768, False)]
+)
 def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, kind, lengths, width, normalise):
     cu = packed(*lengths)
     hold_to_twice_the_error(
@@ -72,6 +74,18 @@ def test_of_equal_largest_values_the_first_row_gets_the_gradient(form):
     with forced(form):
         segment_pool(x, packed(2, 3), "max").sum().backward()
     assert x.grad[:, 0].tolist() == [1, 0, 1, 0, 0]
+
+
+@both_forms
+def test_what_is_not_a_number_is_not_lost_among_larger_ones(form):
+    x = torch.arange(12.0, device=DEVICE).view(4, 3)
+    x[1, 0] = x[2, 0] = float("nan")
+    x.requires_grad_()
+    with forced(form):
+        y = segment_pool(x, packed(4), "max")
+        y.sum().backward()
+    assert torch.isnan(y[0, 0]) and y[0, 1:].tolist() == [10, 11]
+    assert x.grad.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1]]
 
 
 @both_forms

@@ -178,6 +178,7 @@ def test_strides_that_a_kernel_would_misread_are_refused(name, key):
     [
         ({"max_seqlen": 0}, "max_seqlen: is 0, expected at least 1"),
         ({"p": 1.0}, "p: is 1.0"),
+        ({"p": 0.999995}, "p: is 0.999995, expected in .0, 0.999992"),
         ({"v": zeros(5, 2, 16)}, r"v: shape is \[5, 2, 16\], expected \[5, 2, 32\]"),
     ],
 )
@@ -185,6 +186,31 @@ def test_attention_of_first_rows_refuses_by_name(change, said):
     good = WRAPPERS["first_rows_attention"].good
     with pytest.raises(ValueError, match=said):
         varlen.first_rows_attention(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    "bounds, longest, said",
+    [
+        ([0, 3], 5, "cu_seqlens: is 0 to 3, expected 0 to 5"),
+        ([1, 5], 5, "cu_seqlens: is 1 to 5, expected 0 to 5"),
+        ([0, 3, 9], 9, "cu_seqlens: is 0 to 9, expected 0 to 5"),
+        ([0, 4, 3, 5], 5, "cu_seqlens: falls after sequence 1"),
+        ([0, 4, 5], 3, "max_seqlen: is 3, and sequence 0 of cu_seqlens has 4"),
+    ],
+)
+def test_bounds_that_are_not_those_of_the_rows_are_refused(bounds, longest, said):
+    cu = torch.tensor(bounds, dtype=torch.int32)
+    with pytest.raises(ValueError, match=said):
+        varlen.varlen_attention(zeros(5, 3, 1, 32), cu, longest)
+    if not said.startswith("max_seqlen"):
+        with pytest.raises(ValueError, match=said):
+            segment_pool(zeros(5, 6), cu)
+
+
+def test_first_rows_in_another_dtype_are_refused():
+    good = WRAPPERS["first_rows_attention"].good
+    with pytest.raises(TypeError, match="q: dtype is bfloat16, expected float32"):
+        varlen.first_rows_attention(**{**good, "q": good["q"].bfloat16()})
 
 
 def test_a_layout_that_fits_no_batch_is_refused():

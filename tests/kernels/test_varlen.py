@@ -15,6 +15,7 @@ from checking import (
     hold_gradients_to_finite_differences,
     hold_to_twice_the_error,
     needs_triton,
+    poisoned,
     same_bits_twice,
 )
 from regraft.kernels import varlen
@@ -95,8 +96,10 @@ def test_a_window_of_nothing_gives_every_token_its_own_value(form):
 
 
 @both_forms
-def test_a_long_sequence_beside_short_ones(form):
-    hold(form, [1025, 1, 2], 1, 32, torch.bfloat16)
+@pytest.mark.parametrize("options", [{}, {"p": 0.1, "rotary": True, "window": 64}], ids=["plain", "all at once"])
+def test_a_long_sequence_beside_short_ones(form, options):
+    seed = {"seed": make_seed(9, DEVICE)} if options else {}
+    hold(form, [1025, 1, 2], 1, 32, torch.bfloat16, **options, **seed)
 
 
 @both_forms
@@ -168,6 +171,25 @@ def test_scores_far_apart_do_not_overflow(form):
         out = varlen_attention(qkv.requires_grad_(), cu_of([20]), 20)
         out.sum().backward()
     assert torch.isfinite(out).all() and torch.isfinite(qkv.grad).all()
+
+
+@both_forms
+@each_dtype
+def test_scores_that_are_all_far_below_zero_have_finite_gradients(form, dtype):
+    # what lies beyond a sequence counts as a score of 0, which none of its own comes near
+    lengths = [5, 33, 1]
+    cu, qkv = cu_of(lengths), fresh(sum(lengths), 3, 2, 32) * 0.1
+    qkv[:, 0] += 5
+    qkv[:, 1] -= 5
+    qkv = qkv.to(dtype)
+    weight = fresh(sum(lengths), 2, 32).to(dtype)
+    found, wanted = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+    with forced(form), poisoned():
+        (varlen_attention(found, cu, 33) * weight).sum().backward()
+    (varlen.reference(wanted, cu, 33) * weight).sum().backward()
+    # a probability is taken from a score of about -140 and as large a logarithm, with the rounding of both
+    off = (found.grad.double() - wanted.grad).abs().max() / wanted.grad.abs().max()
+    assert off < {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
 
 
 def test_the_operator_is_registered_in_full_and_compiles_into_one_graph():
