@@ -66,5 +66,5 @@ def test_a_seed_beyond_32_bits_counts_in_full():
 
 
 def test_a_probability_of_one_is_refused():
-    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+    with pytest.raises(ValueError, match=r"is 1.0, expected in \[0, 0.999992\)"):
         threshold_of(1.0)
