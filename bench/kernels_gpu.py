@@ -217,11 +217,15 @@ def cases(device: str) -> Iterator[partial[Case]]:
     for tokens, width in shapes:
         yield partial(norm_case, tokens, width, device)
         yield partial(gelu_case, tokens, 4 * width, device)
+        yield partial(geglu_case, tokens, 4 * width, device)
         yield partial(embedding_case, tokens, width, device)
     sizes = [(64, 512, 32), (64, 128, 128), (128, 512, 32), (64, 64, 256)] if device != "cpu" else [(32, 16, 2)]
     for p in (0.0, 0.1):
         for size, length, sequences in sizes:
             yield partial(attention_case, size, length, sequences, p, device)
+    for side in (-1, 64) if device != "cpu" else (4,):  # ModernBERT's two kinds of layer
+        length, sequences = (1024, 16) if device != "cpu" else (16, 2)
+        yield partial(attention_case, 64, length, sequences, 0.0, device, True, side)
 
     yield from head_cases(device, Case, leaf)
     yield from adapter_cases(device, Case, leaf)
@@ -262,6 +266,28 @@ def gelu_case(tokens: int, width: int, device: str) -> Case:
     return Case("bias + GELU", f"{tokens} x {width}", inputs, forms, 2 * moved, 3 * moved)
 
 
+def geglu_case(tokens: int, width: int, device: str) -> Case:
+    """x [tokens, 2 width]: the second half gates the first's GELU."""
+    from regraft.kernels.gelu import bias_geglu
+
+    def eager(x: Tensor, b: Tensor) -> Tensor:
+        value, gate = (x + b).chunk(2, dim=-1)
+        return torch.nn.functional.gelu(value) * gate
+
+    forms: dict[str, Callable] = {"regraft": bias_geglu, "eager": eager, "compile": eager}
+    try:
+        from liger_kernel.transformers.functional import liger_geglu
+
+        halves = lambda x: [half.contiguous() for half in x.chunk(2, dim=-1)]  # noqa: E731
+        if device != "cpu":
+            forms["liger, tanh, no bias"] = lambda x, b: liger_geglu(*halves(x))
+    except ImportError:
+        pass
+    moved = tokens * width * 2
+    inputs = [leaf(tokens, 2 * width, device=device), leaf(2 * width, device=device)]
+    return Case("bias + GeGLU", f"{tokens} x 2 x {width}", inputs, forms, 3 * moved, 5 * moved)
+
+
 def embedding_case(tokens: int, width: int, device: str) -> Case:
     from regraft.kernels import embedding_norm
 
@@ -278,22 +304,53 @@ def embedding_case(tokens: int, width: int, device: str) -> Case:
     return Case("embeddings + LayerNorm", f"{tokens} x {width}", inputs, forms, 4 * moved, work)
 
 
-def attention_case(size: int, length: int, sequences: int, p: float, device: str) -> Case:
+def attention_case(
+    size: int, length: int, sequences: int, p: float, device: str, rotary: bool = False, side: int = -1
+) -> Case:
+    """`rotary`, `side`: as in ModernBERT, whose layers see all positions or those at most `side` away."""
     from regraft.kernels import varlen
+    from regraft.kernels.rotary import rotate
 
     heads = 768 // size if device != "cpu" else 2
     cu = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32, device=device)
-    ours = lambda qkv: varlen.varlen_attention(qkv, cu, length, p=p)  # noqa: E731
-    padded = lambda x: x.view(sequences, length, heads, size).transpose(1, 2)  # noqa: E731
-    sdpa = lambda qkv: torch.nn.functional.scaled_dot_product_attention(*map(padded, qkv.unbind(1)), dropout_p=p)  # noqa: E731
-    forms = {"regraft": ours, "eager (sdpa, padded)": sdpa}
+    cos, sin = angles(sequences, length, size, device) if rotary else (None, None)
+    window = side if 0 <= side < length - 1 else None
+    near = None if window is None else band(length, window, device)
+
+    def ours(qkv: Tensor) -> Tensor:
+        return varlen.varlen_attention(qkv, cu, length, p=p, cos=cos, sin=sin, window=window)
+
+    def eager(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        padded = [x.view(sequences, length, heads, size).transpose(1, 2) for x in (q, k, v)]
+        return torch.nn.functional.scaled_dot_product_attention(*padded, attn_mask=near, dropout_p=p)
+
+    forms = {"regraft": ours, "eager (sdpa, padded)": eager, "compile": eager}
     if device != "cpu":
-        forms["aten"] = lambda qkv: varlen._flash(qkv, cu, length, size**-0.5, p, None, None, None)
-    work = 4 * heads * size * sequences * length**2
+        flash = -1 if window is None else window
+        forms["aten"] = lambda qkv: varlen._flash(qkv, cu, length, size**-0.5, p, flash, cos, sin)
+    seen = length if window is None else min(length, 2 * window + 1)
+    work = 4 * heads * size * sequences * length * seen
     inputs = [leaf(sequences * length, 3, heads, size, device=device)]
-    shape = f"{sequences} x {length}, head {size}, p {p}"
-    keys = {"size": size, "length": length, "p": p}
+    also = (", rotary" if rotary else "") + (f", window {window}" if window is not None else "")
+    shape = f"{sequences} x {length}, head {size}, p {p}{also}"
+    keys = {"size": size, "longest": length, "dropout": p > 0, "rotary": rotary, "window": window is not None}
     return Case("attention", shape, inputs, forms, work, 2.5 * work, "FLOPs", keys)
+
+
+def angles(sequences: int, length: int, size: int, device: str) -> tuple[Tensor, Tensor]:
+    """cos and sin of every token's position, [tokens, size // 2] each."""
+    rates = 10000.0 ** (-torch.arange(0, size, 2, device=device) / size)
+    turn = (torch.arange(length, device=device)[:, None] * rates).repeat(sequences, 1)
+    return turn.cos(), turn.sin()
+
+
+def band(length: int, window: int, device: str) -> Tensor:
+    """Bool [length, length]: which positions are at most `window` away."""
+    at = torch.arange(length, device=device)
+    return (at[:, None] - at).abs() <= window
 
 
 def hand_over_cases(device: str) -> Iterator[Case]:
@@ -306,10 +363,14 @@ def hand_over_cases(device: str) -> Iterator[Case]:
         for length in lengths:
             for p in (0.0, 0.1):
                 yield attention_case(size, length, max(1, tokens // length), p, device)
+    for side in (-1, 64):  # ModernBERT's: head size 64
+        for length in lengths:
+            if side < length - 1:
+                yield attention_case(64, length, max(1, tokens // length), 0.0, device, True, side)
 
 
 def entries(rows: Sequence[Row], cases: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Whose forward and backward together are faster, by the key of the table. `cases`: size, length and p of each shape."""
+    """Whose forward and backward together are faster, by the key of the table. `cases`: what makes each shape's key."""
     from regraft.kernels.hand_over import key_of
 
     totals: dict[str, dict[str, float]] = {}
@@ -320,9 +381,7 @@ def entries(rows: Sequence[Row], cases: Mapping[str, Mapping[str, Any]]) -> dict
     found = {}
     for shape, t in totals.items():
         if len(t) == 2:
-            about = cases[shape]
-            key = key_of(about["size"], about["length"], about["p"] > 0)
-            found[key] = "own" if t["regraft"] < t["aten"] else "aten"
+            found[key_of(**cases[shape])] = "own" if t["regraft"] < t["aten"] else "aten"
     return found
 
 

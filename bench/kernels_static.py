@@ -19,7 +19,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "kernels_static.json"
 
 
 def main() -> None:
-    from regraft.kernels.shipped import Compiled, all_shipped, compile_for, one_each, parse_for, with_ones
+    from regraft.kernels.shipped import Compiled, all_shipped, compile_for, fingerprint, one_each, parse_for, with_ones
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULT, help="JSON file to write (%(default)s)")
@@ -47,6 +47,7 @@ def main() -> None:
             "name": "kernels_static",
             "command": "python bench/kernels_static.py",
             "triton": triton.__version__,
+            "fingerprint": fingerprint(cases),
             "unit": "registers a thread, bytes of shared memory a block, spilling and 128-bit load instructions",
             "kernels": [asdict(row) for row in rows],
         }

@@ -1,7 +1,8 @@
 """Draw bench/results/*.json as PNG beside them, for the README.
 
 A bar is a contestant's median, a dot is one turn; Regraft is in colour, peers are grey. Claims that are compared by
-ratio get a panel a case; figures in points share one axis. What `regraft compare` wrote gets spreads and learning curves.
+ratio get a panel a case; figures in points share one axis. What `regraft compare` wrote gets spreads and learning curves,
+kernels on a GPU are drawn beside their rivals.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from plot_kernels import draw_kernels
 
 from plot_ways import draw_ways
 
@@ -36,7 +39,7 @@ def main() -> None:
         sys.exit(f"no JSON in {RESULTS}; the commands in bench/README.md make it")
     for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
-        if "cases" not in result and "ways" not in result:
+        if not {"cases", "ways", "rows"} & result.keys():
             continue  # a table for people, such as kernels_static.json
         picture = (options.to or path.parent) / f"{path.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +65,8 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     with plt.rc_context(style):
         if "ways" in result:
             return draw_ways(result, picture, plt)
+        if "rows" in result:
+            return draw_kernels(result, picture, plt)
         figure = one_axis(result, plt) if result["compare"] == "difference" else panels(result, plt)
         figure.savefig(picture, dpi=200, facecolor="white", metadata={"Software": None})
         plt.close(figure)

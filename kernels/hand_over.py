@@ -4,7 +4,8 @@
 
     {"90": {"machine": "NVIDIA H200", "torch": "2.13.0", "date": "...", "faster": {"64 x 512, dropout": "own", ...}}}
 
-by compute capability, then by head size, the longest sequence rounded up to one of LENGTHS, and whether there is dropout.
+by compute capability, then by head size, the longest sequence rounded up to one of LENGTHS, and whether there is dropout,
+positions are rotary (torch's own then needs queries and keys turned beforehand), and a window cuts something off.
 What has not been measured goes to torch's, which is known to be good and takes any head size up to 256.
 """
 
@@ -21,15 +22,16 @@ WHO = ("own", "aten")
 _log = logging.getLogger("regraft.kernels")
 
 
-def key_of(size: int, longest: int, dropout: bool) -> str:
-    """The entry that a call belongs to: head size, longest sequence, whether attention weights are dropped."""
+def key_of(size: int, longest: int, *, dropout: bool = False, rotary: bool = False, window: bool = False) -> str:
+    """The entry that a call belongs to: head size, longest sequence, and what else attention does."""
     length = next((n for n in LENGTHS if longest <= n), LENGTHS[-1])
-    return f"{size} x {length}" + (", dropout" if dropout else "")
+    also = [name for name, on in (("dropout", dropout), ("rotary", rotary), ("window", window)) if on]
+    return ", ".join([f"{size} x {length}", *also])
 
 
-def faster(capability: int, size: int, longest: int, dropout: bool) -> str:
-    """'own' or 'aten' for a GPU of this compute capability (90 for sm_90)."""
-    return MEASURED.get(capability, {}).get(key_of(size, longest, dropout), "aten")
+def faster(capability: int, key: str) -> str:
+    """'own' or 'aten' for the shapes of an entry on a GPU of this compute capability (90 for sm_90)."""
+    return MEASURED.get(capability, {}).get(key, "aten")
 
 
 def read_table(path: Path) -> dict[int, dict[str, str]]:

@@ -7,10 +7,14 @@ It needs a process that was started without TRITON_INTERPRET.
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib
+import io
 import re
 import subprocess
 import tempfile
+import tokenize
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +72,28 @@ def all_shipped() -> list[Shipped]:
             module = importlib.import_module(f"regraft.kernels.{path.stem}")
             found += getattr(module, "shipped", list)()
     return found
+
+
+def fingerprint(cases: Sequence[Shipped]) -> str:
+    """Hash of what decides the machine code of these configurations: every Triton function (comments and layout aside), how
+    each configuration is compiled."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and any(ast.unparse(d) == "jit" for d in node.decorator_list):
+                digest.update(_code(ast.get_source_segment(text, node) or "").encode())
+    for case in cases:
+        constants = {name: str(value) for name, value in case.constants.items()}
+        built = (case.name, dict(case.signature), constants, case.num_warps, case.num_stages, list(case.aligned))
+        digest.update(repr(built).encode())
+    return digest.hexdigest()
+
+
+def _code(text: str) -> str:
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return " ".join(token.string for token in tokens if token.type not in layout)
 
 
 def one_each(cases: Sequence[Shipped]) -> list[Shipped]:

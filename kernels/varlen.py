@@ -24,7 +24,7 @@ from torch import Tensor
 from regraft.kernels.checks import expect, expect_bounds, expect_cu_seqlens, expect_range
 from regraft.kernels.choice import choice, use_triton
 from regraft.kernels.dropout import BELOW, scale_of
-from regraft.kernels.hand_over import faster
+from regraft.kernels.hand_over import faster, key_of
 from regraft.kernels.lang import IS_INTERPRETED, accumulate, cdiv
 from regraft.kernels.philox import keep_mask, resolve_seed, threshold_of
 from regraft.kernels.rotary import rotate
@@ -72,10 +72,12 @@ def varlen_attention(
         raise ValueError(f"max_seqlen: is {max_seqlen}, expected at least 1")
     expect_bounds("cu_seqlens", cu_seqlens, tokens, max_seqlen)
     scale = size**-0.5 if scale is None else scale
-    if hands_over(qkv, max_seqlen, p):
-        return _flash(qkv, cu_seqlens, max_seqlen, scale, p, window, cos, sin)
-    seed = resolve_seed(seed, p, qkv.device)
     side = -1 if window is None or window >= max_seqlen - 1 else window
+    if cos is not None and sin is not None:  # in 16 bits their conversion would cost the kernels registers
+        cos, sin = (angle.to(torch.promote_types(qkv.dtype, torch.float32)) for angle in (cos, sin))
+    if hands_over(qkv, max_seqlen, p, rotary=cos is not None, window=side >= 0):
+        return _flash(qkv, cu_seqlens, max_seqlen, scale, p, side, cos, sin)
+    seed = resolve_seed(seed, p, qkv.device)
     return _forward(qkv, cu_seqlens, max_seqlen, scale, side, cos, sin, seed, p, site)[0]
 
 
@@ -116,7 +118,7 @@ def first_rows_attention(
     return out.index_select(0, rows)
 
 
-def hands_over(qkv: Tensor, max_seqlen: int, p: float) -> bool:
+def hands_over(qkv: Tensor, max_seqlen: int, p: float, *, rotary: bool = False, window: bool = False) -> bool:
     """Whether torch's flash attention takes this call: fp16 or bf16 on a GPU, and faster by the measured table.
 
     Where the table has no entry: yes, it is known to be good, and takes head sizes up to 256 that are multiples of 8.
@@ -126,7 +128,8 @@ def hands_over(qkv: Tensor, max_seqlen: int, p: float) -> bool:
     if qkv.device.type != "cuda" or qkv.dtype not in FLASH_DTYPES or choice() != "auto" or size > 256 or size % 8:
         return False
     major, minor = torch.cuda.get_device_capability(qkv.device)
-    return (major, minor) >= (8, 0) and faster(10 * major + minor, size, max_seqlen, p > 0) == "aten"
+    key = key_of(size, max_seqlen, dropout=p > 0, rotary=rotary, window=window)
+    return (major, minor) >= (8, 0) and faster(10 * major + minor, key) == "aten"
 
 
 def _in_triton(qkv: Tensor) -> bool:
@@ -146,13 +149,10 @@ def _say_too_large(size: int) -> None:
     _log.warning("attention runs as plain torch: its head size is %d, Triton's takes at most %d", size, LARGEST_HEAD)
 
 
-def _flash(
-    qkv: Tensor, cu: Tensor, longest: int, scale: float, p: float, window: int | None, cos: Any, sin: Any
-) -> Tensor:
+def _flash(qkv: Tensor, cu: Tensor, longest: int, scale: float, p: float, side: int, cos: Any, sin: Any) -> Tensor:
     q, k, v = qkv.unbind(1)
     if cos is not None:
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-    side = -1 if window is None else window
     call = torch.ops.aten._flash_attention_forward
     found = call(
         q, k, v, cu, cu, longest, longest, p, False, False, scale=scale, window_size_left=side, window_size_right=side

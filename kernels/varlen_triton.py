@@ -48,14 +48,16 @@ def blocks_for(head_size: int, longest: int, itemsize: int, part: str, target: i
     if target < 90:  # no products from shared memory: smaller blocks, or registers run out
         if part == "keys":
             return Blocks(16 if rotary else 32, 64, 8, 2)
-        return Blocks(64, 32, 4, 2)
+        return Blocks(64, 32, 8 if part == "queries" and rotary and drop else 4, 2)
     if longest <= 64:
         return Blocks(64, 64, 4 if head_size <= 64 else 8, 2)
     if part == "forward":
         return Blocks(128, 64, 8, 2) if head_size > 64 else Blocks(128, 64, 8 if drop else 4, 3)
     if head_size > 64:
         return Blocks(64, 64, 8, 2)
-    return Blocks(128, 64, 8, 2) if part == "queries" else Blocks(64, 128, 8, 2)
+    if part == "queries":
+        return Blocks(128, 64, 8, 2)
+    return Blocks(64, 64 if rotary and drop else 128, 8, 2)
 
 
 @jit
@@ -357,30 +359,36 @@ def widths(head_size: int, rotary: bool) -> tuple[int, int]:
 
 
 def shipped() -> list[Shipped]:
-    """Head sizes 32, 64, 96, 128 in bf16 for long and short sequences, with dropout; window and rotary at 64. In fp32, in
-    which what is bound on a model is proven: head sizes 64 and 128, and 26, which is no power of 2."""
-    cases: list[tuple] = [("64 short", "bf16", 64, 60, True, False)]
-    cases += [(f"{size} long", "bf16", size, 512, True, False) for size in (32, 64, 96, 128)]
-    cases += [
-        ("64 long no dropout", "bf16", 64, 512, False, False),
-        ("64 window rotary", "bf16", 64, 1024, False, True),
-    ]
-    cases += [(f"{size} fp32", "fp32", size, 512, size == 64, False) for size in (26, 64, 128)]
-    cases += [("64 window rotary fp32", "fp32", 64, 512, False, True)]
+    """Head sizes 32, 64, 96, 128 in bf16 for long and short sequences, with dropout; at 64 without, and rotary, with and
+    without a window, as layers of ModernBERT alternate. In fp32, in which what is bound on a model is proven: head sizes 64
+    and 128, and 26, which is no power of 2."""
+    # name, values, head size, longest, dropout, rotary, window
+    cases: list[tuple] = [("64 short", "bf16", 64, 60, True, False, False)]
+    cases += [(f"{size} long", "bf16", size, 512, True, False, False) for size in (32, 64, 96, 128)]
+    cases += [("64 long no dropout", "bf16", 64, 512, False, False, False)]
+    for name, drop, window in (
+        ("rotary", False, False),
+        ("rotary dropout", True, False),
+        ("window rotary", False, True),
+        ("window rotary dropout", True, True),
+    ):
+        cases += [(f"64 {name}", "bf16", 64, 1024, drop, True, window)]
+    cases += [(f"{size} fp32", "fp32", size, 512, size == 64, False, False) for size in (26, 64, 128)]
+    cases += [("64 window rotary fp32", "fp32", 64, 512, False, True, True)]
     numbers = {"blocks": "i32", "tokens": "i32", "window": "i32", "factor": "fp32", "scale": "fp32"}
     numbers |= {"drop_scale": "fp32", "threshold": "i32", "site": "i32"}
     found = []
-    for name, kind, size, longest, drop, rotary in cases:
-        values = ("dout_ptr", "out_ptr", "qkv_ptr", "dqkv_ptr", "cos_ptr", "sin_ptr")
-        pointers = dict.fromkeys(values, f"*{kind}") | {"cu_ptr": "*i32", "seed_ptr": "*i64"}
-        pointers |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    for name, kind, size, longest, drop, rotary, window in cases:
+        pointers = dict.fromkeys(("dout_ptr", "out_ptr", "qkv_ptr", "dqkv_ptr"), f"*{kind}")
+        pointers |= {"cu_ptr": "*i32", "seed_ptr": "*i64"}
+        pointers |= dict.fromkeys(("lse_ptr", "delta_ptr", "cos_ptr", "sin_ptr"), "*fp32")
         width, part = widths(size, rotary)
         flags: dict[str, Any] = {
             "H": 12,
             "D": size,
             "WIDTH": width,
             "PART": part,
-            "WINDOW": rotary,
+            "WINDOW": window,
             "DROP": drop,
             "ROTARY": rotary,
         }

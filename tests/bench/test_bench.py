@@ -218,6 +218,15 @@ def test_every_result_can_be_drawn_at_the_width_of_a_readme(tmp_path: Path) -> N
         assert width == 1600
 
 
+def test_kernels_are_drawn_beside_their_rivals(tmp_path: Path) -> None:
+    row = {"name": "CRF", "shape": "3 x 4", "direction": "forward", "milliseconds": 0.2, "share": 0.5}
+    rows = [{**row, "who": "regraft"}, {**row, "who": "liger, no dropout", "milliseconds": 0.5}]
+    about = {"machine": {"cpu": "a CPU"}, "command": "python bench/kernels_gpu.py", "date": "2026-01-01"}
+    for name, found in (("measured", rows), ("nothing", rows[:1])):
+        plot.draw({**about, "rows": found}, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
 def test_a_variant_of_regraft_is_not_told_as_a_peer() -> None:
     assert plot.gained("regraft-int8", 0.5).strip() == "2.00x regraft"
     assert plot.gained("padded", 2.0).strip() == "regraft 2.00x"

@@ -13,14 +13,15 @@ from regraft.kernels.hand_over import faster, key_of, read_table, write_table
 def test_what_was_not_measured_goes_to_torch(monkeypatch, tmp_path):
     assert read_table(tmp_path / "none.json") == {}
     monkeypatch.setattr(hand_over, "MEASURED", {90: {"64 x 512": "own"}})
-    assert faster(90, 64, 300, False) == "own"
-    assert [faster(90, 64, 300, True), faster(90, 64, 200, False), faster(80, 64, 300, False)] == ["aten"] * 3
+    assert faster(90, key_of(64, 300)) == "own"
+    others = [key_of(64, 300, dropout=True), key_of(64, 200), key_of(64, 300, rotary=True, window=True)]
+    assert [faster(90, key) for key in others] + [faster(80, key_of(64, 300))] == ["aten"] * 4
 
 
 def test_lengths_belong_to_the_next_longer_entry():
-    assert key_of(64, 64, False) == "64 x 64"
-    assert key_of(64, 65, True) == "64 x 128, dropout"
-    assert key_of(128, 100_000, False) == "128 x 8192"
+    assert key_of(64, 64) == "64 x 64"
+    assert key_of(64, 65, dropout=True) == "64 x 128, dropout"
+    assert key_of(128, 100_000, rotary=True, window=True) == "128 x 8192, rotary, window"
 
 
 def test_each_gpu_has_entries_of_its_own(tmp_path):

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from regraft.kernels import shipped
 from regraft.kernels.lang import HAS_TRITON
-from regraft.kernels.shipped import TARGETS, all_shipped
+from regraft.kernels.shipped import TARGETS, all_shipped, fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_compiler = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -45,5 +47,21 @@ def test_the_committed_table_covers_every_shipped_configuration():
     table = json.loads((ROOT / "bench" / "results" / "kernels_static.json").read_text())
     wanted = {(case.name, target) for case in all_shipped() for target in case.targets}
     found = {(row["name"], row["target"]) for row in table["kernels"]}
-    assert found == wanted, "kernels have changed since: run python bench/kernels_static.py"
+    changed = "kernels have changed since: run python bench/kernels_static.py"
+    assert found == wanted, changed
+    assert table["fingerprint"] == fingerprint(all_shipped()), changed
     assert not any(row["spills"] for row in table["kernels"])
+    wide = {case.name for case in all_shipped() if case.wide_loads}
+    assert all(row["loads_128"] for row in table["kernels"] if row["name"] in wide)
+
+
+def test_the_fingerprint_changes_with_a_configuration_and_not_with_a_comment(monkeypatch, tmp_path):
+    cases = all_shipped()
+    assert fingerprint(cases) == fingerprint(all_shipped())
+    assert fingerprint([replace(cases[0], num_warps=16), *cases[1:]]) != fingerprint(cases)
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "shipped.py"))
+    found = []
+    for body in ("x + 1", "x + 1  # why", "x + 2"):
+        (tmp_path / "kernel.py").write_text(f"@jit\ndef f(x):\n    return {body}\n")
+        found.append(fingerprint([]))
+    assert found[0] == found[1] != found[2]
