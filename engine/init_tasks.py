@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ BATCH = {"mlm": 64, "answering": 16, "choice": 16}
 
 
 def guess_task(path: str) -> str | None:
-    """The task that a file's ending or first row tells, if it is one of these."""
+    """The task that a file's ending or first row tells, if it is one of these. Raises DataError for a damaged file."""
     if path.startswith("hub:"):
         return None
     name = Path(path.removesuffix(".gz"))
@@ -43,26 +42,29 @@ def guess_task(path: str) -> str | None:
     if name.suffix not in (".json", ".jsonl", ".ndjson") or not Path(path).is_file():
         return None
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else Path(path).open(encoding="utf-8")
-        ) as f:
-            start = f.read(1 << 20)
+        start = _start(path, 1 << 20).decode("utf-8", errors="replace")  # the last character may be cut
         if start.lstrip()[:1] == "[" or ('"paragraphs"' in start and '"qas"' in start):
             return "answering" if '"qas"' in start else None
         row = json.loads(start.splitlines()[0])
-    except (OSError, ValueError, IndexError, EOFError):
+    except (ValueError, IndexError):
         return None
     return _of_row(row) if isinstance(row, dict) else None
 
 
 def _has_columns(path: str) -> bool:
     """Whether the first lines of a .txt file are rows with tabs, or objects, rather than running text."""
-    try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb") as file:
-            lines = [line for line in file.read(1 << 16).splitlines()[:50] if line.strip()]
-    except (OSError, EOFError):
-        return False
+    lines = [line for line in _start(path, 1 << 16).splitlines()[:50] if line.strip()]
     return bool(lines) and all(b"\t" in line or line.startswith(b"{") for line in lines[: max(1, len(lines) - 1)])
+
+
+def _start(path: str, count: int) -> bytes:
+    """The first bytes of a file, unzipped. Raises DataError where there are none to be had."""
+    from regraft.engine.config import DataConfig
+    from regraft.engine.data.source import find_source, open_bytes
+
+    # Any format does here: what the bytes are is judged by who asked.
+    with open_bytes(find_source(path, DataConfig(train=path, format="jsonl"))) as stream:
+        return stream.read(count)
 
 
 def _of_row(row: dict[str, Any]) -> str | None:
