@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.engine.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from regraft.engine.config import DataConfig
+    from regraft.engine.data.rows import Rows
 
 SUFFIXES = {".conll": "tagging", ".iob": "tagging", ".bio": "tagging", ".conllu": "tagging", ".txt": "mlm"}
 SETTINGS = {
@@ -83,26 +87,19 @@ def write_config(path: str, task: str, model: str, dev: str | None, test: str | 
     """The YAML of a run. The rows are read once, so that what cannot be used is told now. Raises DataError."""
     from regraft.engine.config import DataConfig
     from regraft.engine.init_command import _line, _scalar
-    from regraft.engine.tasks import task_class
 
     name = Path(path.removesuffix(".gz"))
     form = {} if name.suffix != ".txt" else {"format": "text"}
     if task == "tagging" and name.suffix in ("", ".tsv", ".annotated", ".txt"):
         form = {"format": "conll"}
     data = DataConfig(train=path, **form)
-    while True:
-        try:
-            rows = task_class(task).read(path, data, split="train")
-            break
-        except DataError as error:
-            # What the message says can be left out, is.
-            rule = next((r for r in RULES if f"data.{r}:" in str(error) and getattr(data, r) != RULES[r]), None)
-            if rule is None:
-                raise
-            data = data.model_copy(update={rule: RULES[rule]})
+    rows, data = _read(path, task, data, "train")
+    for split, given in (("dev", dev), ("test", test)):
+        if given is not None:
+            _, data = _read(given, task, data, split)
     counts = ", ".join(f"{n:,} {what}" for what, n in rows.dropped.items())
     gaps = [
-        _line(f"  {r}: {v}", f"{counts}; `error` would stop at the first")
+        _line(f"  {r}: {v}", f"{counts or 'none of the training rows'}; `error` would stop at the first")
         for r, v in RULES.items()
         if getattr(data, r) == v
     ]
@@ -137,6 +134,20 @@ def write_config(path: str, task: str, model: str, dev: str | None, test: str | 
         "  epochs: 3",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _read(path: str, task: str, data: DataConfig, split: str) -> tuple[Rows, DataConfig]:
+    """Rows, and `data` with the rules by which they can be read: what a message says can be left out, is."""
+    from regraft.engine.tasks import task_class
+
+    while True:
+        try:
+            return task_class(task).read(path, data, split=split), data
+        except DataError as error:
+            rule = next((r for r in RULES if f"data.{r}:" in str(error) and getattr(data, r) != RULES[r]), None)
+            if rule is None:
+                raise
+            data = data.model_copy(update={rule: RULES[rule]})
 
 
 def _shown(labels: Any) -> str:
