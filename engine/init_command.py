@@ -186,7 +186,7 @@ def _beside(path: str, split: str, data: DataConfig, task_type: str, notes: list
     words = ("dev", "validation", "valid", "val") if split == "dev" else ("test",)
     for word in words:
         name = train.name.replace("train", word, 1)
-        for candidate in (name, name.removesuffix(".gz"), name + ".gz"):
+        for candidate in dict.fromkeys((name, name.removesuffix(".gz"), name + ".gz")):
             file = train.with_name(candidate)
             if not file.is_file():
                 continue
