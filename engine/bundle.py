@@ -72,6 +72,10 @@ def read_info(folder: str | Path, *, verify: bool = True) -> BundleInfo:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if any((folder / name).is_file() for name in ("run.json", "regraft.json")):
+            raise BundleError(
+                f"{folder}: a trained model, not a bundle: `regraft export {folder} --to BUNDLE` makes one of it"
+            ) from None
         raise BundleError(
             f"{folder}: not a bundle: bundle.json is missing; `regraft export RUN --to {folder}` makes one"
         ) from None

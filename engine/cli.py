@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if rest and hasattr(args, "texts") and not any(text.startswith("-") for text in rest):
         args.texts, rest = [*args.texts, *rest], []  # argparse takes no more positional arguments after an option
+    if len(rest) == 1 and args.command == "evaluate" and args.data is None and not rest[0].startswith("-"):
+        args.data, rest = rest[0], []
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     give_way()
@@ -230,6 +232,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         help="how much of the task's metric int8 may cost, in points of 100",
     )
     parser.add_argument("--data", metavar="FILE", help="labelled rows to compare on; default: the run's dev rows")
+    _add_data_overrides(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.set_defaults(handler=_export)
 
@@ -238,7 +241,7 @@ def _export(args: argparse.Namespace) -> int:
     if args.adapters:
         from regraft.engine.methods.export_several import export_adapters, refuse_options
 
-        refuse_options(args.layout, args.int8, args.data)
+        refuse_options(args.layout, args.int8, args.data, args.overrides)
         print(export_adapters(args.model, args.to, force=args.force))
         return 0
     from regraft.engine.export import export_bundle
@@ -250,6 +253,7 @@ def _export(args: argparse.Namespace) -> int:
         int8=args.int8,
         max_loss=args.max_loss,
         data_file=args.data,
+        overrides=args.overrides,
         force=args.force,
     )
     print(report)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from regraft.engine.config_lines import distinct, explain, lines_of, refuse_twice
 from regraft.engine.errors import ConfigError, nearest
 from regraft.engine.heads.fits import check as check_head_of
 from regraft.engine.heads.settings import FeaturesConfig, HeadConfig, WordsConfig, method_defaults
+from regraft.engine.label_names import name_of_number
 from regraft.engine.methods.settings import (
     SECTIONS,
     AdapterSettings,
@@ -33,6 +34,7 @@ from regraft.engine.training.settings import MachineSettings, check_machine
 Rule = Literal["error", "drop"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Column = str | int
+LabelName = Annotated[str, BeforeValidator(name_of_number)]  # YAML reads a label 1 as a number
 
 
 TASK_TYPES = ("classification", "multilabel", "regression", "tagging", "answering", "mlm", "choice", "ordinal")
@@ -56,8 +58,8 @@ class TaskConfig(Section):
     """What is learned."""
 
     type: str = Field("classification", description="a task of ours, or MODULE:CLASS for one of your own")
-    labels: list[str] | None = Field(None, description="label names in order; null: found in the training rows")
-    class_weights: Literal["none", "balanced"] | dict[str, float] = "none"
+    labels: list[LabelName] | None = Field(None, description="label names in order; null: found in the training rows")
+    class_weights: Literal["none", "balanced"] | dict[LabelName, float] = "none"
     label_smoothing: Fraction = 0.0
     thresholds: Literal["tuned"] | Annotated[float, Field(gt=0, lt=1)] = Field(
         0.5, description="multilabel: one for all, or tuned for each label on the dev rows"

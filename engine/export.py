@@ -19,6 +19,7 @@ from regraft.engine.errors import DataError, ExportError
 from regraft.engine.examples import Examples
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs, graph_outputs
+from regraft.engine.heldout import read_otherwise
 from regraft.engine.machine import versions
 from regraft.engine.methods.settings import libraries
 from regraft.engine.methods.virtual import Prompt
@@ -55,11 +56,13 @@ def export_bundle(
     int8: bool = False,
     max_loss: float = 0.5,
     data_file: str | None = None,
+    overrides: Sequence[str] = (),
     force: bool = False,
 ) -> str:
     """Write a bundle and return what was measured, as lines of text.
 
-    `max_loss`: points (hundredths) of the task's metric that int8 may cost. Raises ExportError when the graph differs
+    `max_loss`: points (hundredths) of the task's metric that int8 may cost; `overrides`: of what the run's `data` says,
+    for the rows compared on. Raises ExportError when the graph differs
     from the model, int8 costs more than that, or `to` exists and `force` is off.
     """
     import torch
@@ -69,7 +72,7 @@ def export_bundle(
     to = Path(to)
     may_write(to, force)
     torch.set_num_threads(available_threads())
-    trained = load_models(model)
+    trained = read_otherwise(load_models(model), overrides, data_file, split="dev")
     running = trained.running
     if "bag" in trained.facts:
         raise ExportError(f"{model}: {running.reason}")
@@ -296,7 +299,7 @@ def _quality(trained: Trained, comparison: Comparison, outputs: Sequence[np.ndar
     found = _metrics(trained, examples, outputs)
     name = trained.task.metric
     return {
-        "data": examples.rows.path,
+        "data": examples.rows.told,
         "rows": len(examples.rows),
         "metric": name,
         "model": comparison.model_metrics[name],

@@ -131,9 +131,15 @@ def init_config(
     kept = {name: column for name, column in columns.items() if column is not None}
     data = DataConfig(train=path, columns=ColumnsConfig(**kept), **{**settings, "missing": "drop", "empty": "drop"})
     rows = read_file(path, data, split="train", task_type=found.task_type, limit=MOST_ROWS)
-    others = {"dev": dev or _beside(path, "dev", data, found.task_type)}
-    others["test"] = test or _beside(path, "test", data, found.task_type)
-    content = _write(seen.format, rows, found, {**settings, "columns": kept}, others, model or _model())
+    _refuse_labels(rows, found)
+    notes: list[str] = []
+    others: dict[str, str | None] = {"dev": dev, "test": test}
+    for split, file in others.items():
+        if file is None:
+            others[split] = _beside(path, split, data, found.task_type, notes)
+        else:
+            read_file(file, data, split=split, task_type=found.task_type)
+    content = _write(seen.format, rows, found, {**settings, "columns": kept}, others, notes, model or _model())
     import yaml
 
     parse_config(yaml.safe_load(content), source="regraft init")  # what was given by hand may not fit together
@@ -155,8 +161,23 @@ def _model() -> str:
     return name if importlib.util.find_spec(package) else HUB_MODEL
 
 
-def _beside(path: str, split: str, data: DataConfig, task_type: str) -> str | None:
-    """A file named like the training file but for the split, if its rows can be used the same way."""
+def _refuse_labels(rows: Rows, found: Guess) -> None:
+    """Raise DataError for labels that no training could begin with: what is no number, or one class for all rows."""
+    from regraft.engine.config import TaskConfig
+    from regraft.engine.tasks import build_task
+    from regraft.engine.tasks.labels import find_names
+
+    label = "label" if found.label is None else found.label
+    # A first part of a file that is sorted by its labels may have one class, and the order of words is asked for.
+    if found.task_type == "multilabel" or (found.task_type != "regression" and len(rows) >= MOST_ROWS):
+        return
+    names = list(find_names(rows, label)) if found.task_type == "ordinal" else None
+    build_task(TaskConfig(type=found.task_type, labels=names), rows, label)
+
+
+def _beside(path: str, split: str, data: DataConfig, task_type: str, notes: list[str]) -> str | None:
+    """A file named like the training file but for the split, if its rows can be used the same way; `notes` tell why
+    one cannot, unless it is without labels, as GLUE's test files are."""
     from regraft.engine.data.read import read_file
 
     train = Path(path)
@@ -165,20 +186,37 @@ def _beside(path: str, split: str, data: DataConfig, task_type: str) -> str | No
     words = ("dev", "validation", "valid", "val") if split == "dev" else ("test",)
     for word in words:
         name = train.name.replace("train", word, 1)
-        for candidate in (name, name.removesuffix(".gz"), name + ".gz"):
+        for candidate in dict.fromkeys((name, name.removesuffix(".gz"), name + ".gz")):
             file = train.with_name(candidate)
             if not file.is_file():
                 continue
             try:
                 read_file(file, data, split=split, task_type=task_type)
-            except DataError:  # such as GLUE's test files, which have no labels
+            except DataError as error:
+                if not _is_unlabelled(file, data, split):
+                    notes.append(f"{file} left out: {' '.join(str(error).split())}")
                 continue
             return str(file)
     return None
 
 
+def _is_unlabelled(file: Path, data: DataConfig, split: str) -> bool:
+    from regraft.engine.data.read import read_file
+
+    try:
+        return read_file(file, data, split=split, task_type="classification", need_labels=False).labels is None
+    except DataError:
+        return False
+
+
 def _write(
-    form: str, rows: Rows, found: Guess, settings: dict[str, Any], others: dict[str, str | None], model: str
+    form: str,
+    rows: Rows,
+    found: Guess,
+    settings: dict[str, Any],
+    others: dict[str, str | None],
+    notes: list[str],
+    model: str,
 ) -> str:
     from regraft.engine.data.describe import describe
 
@@ -190,6 +228,7 @@ def _write(
         f"# labels: {seen.labels}",
         f"# texts: {seen.lengths}",
         *(f"# {count:,} rows have {GAPS[rule]}" for rule, count in rows.dropped.items()),
+        *(f"# {note}" for note in notes),
         "",
         "model:",
         _line(f"  name: {_scalar(model)}", "folder, hub name or package:NAME/PATH"),
@@ -233,15 +272,26 @@ def _order_line(rows: Rows, label: str | int | None) -> str:
     from regraft.engine.tasks.labels import find_names, value_of
 
     names = find_names(rows, "label" if label is None else label)
-    if all(value_of(name) is not None for name in names):
-        return _line("  # labels: [1, 2, 3]", "the order, lowest first; numbers have one")
+    values = {name: value_of(name) for name in names}
+    if None not in values.values():
+        listed = ", ".join(_number(name) for name in sorted(names, key=lambda name: values[name] or 0.0))
+        return _line(f"  # labels: [{listed}]", "the order, lowest first; numbers have one")
     listed = ", ".join(_scalar(name) for name in names)
     return _line(f"  # labels: [{listed}]", "needed: uncomment, and put them in their order, lowest first")
 
 
+def _number(name: str) -> str:
+    """A label that spells a number, without quotes where it is still that label then."""
+    import yaml
+
+    from regraft.engine.label_names import name_of_number
+
+    return name if name_of_number(yaml.safe_load(name)) == name else _scalar(name)
+
+
 def _split_lines(form: str, train: str, others: dict[str, str | None]) -> list[str]:
     dev, test = others["dev"], others["test"]
-    told = "no dev rows beside the training rows: this share of them, stratified"
+    told = "no dev rows to be used beside the training rows: this share of them, stratified"
     if form == "hub":
         told = f"or dev: {train.split('#')[0]}#SPLIT"
     return [

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regraft.engine.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from regraft.engine.config import DataConfig
+    from regraft.engine.data.rows import Rows
 
 SUFFIXES = {".conll": "tagging", ".iob": "tagging", ".bio": "tagging", ".conllu": "tagging", ".txt": "mlm"}
 SETTINGS = {
@@ -34,7 +37,7 @@ BATCH = {"mlm": 64, "answering": 16, "choice": 16}
 
 
 def guess_task(path: str) -> str | None:
-    """The task that a file's ending or first row tells, if it is one of these."""
+    """The task that a file's ending or first row tells, if it is one of these. Raises DataError for a damaged file."""
     if path.startswith("hub:"):
         return None
     name = Path(path.removesuffix(".gz"))
@@ -43,26 +46,29 @@ def guess_task(path: str) -> str | None:
     if name.suffix not in (".json", ".jsonl", ".ndjson") or not Path(path).is_file():
         return None
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else Path(path).open(encoding="utf-8")
-        ) as f:
-            start = f.read(1 << 20)
+        start = _start(path, 1 << 20).decode("utf-8", errors="replace")  # the last character may be cut
         if start.lstrip()[:1] == "[" or ('"paragraphs"' in start and '"qas"' in start):
             return "answering" if '"qas"' in start else None
         row = json.loads(start.splitlines()[0])
-    except (OSError, ValueError, IndexError, EOFError):
+    except (ValueError, IndexError):
         return None
     return _of_row(row) if isinstance(row, dict) else None
 
 
 def _has_columns(path: str) -> bool:
     """Whether the first lines of a .txt file are rows with tabs, or objects, rather than running text."""
-    try:
-        with gzip.open(path, "rb") if path.endswith(".gz") else Path(path).open("rb") as file:
-            lines = [line for line in file.read(1 << 16).splitlines()[:50] if line.strip()]
-    except (OSError, EOFError):
-        return False
+    lines = [line for line in _start(path, 1 << 16).splitlines()[:50] if line.strip()]
     return bool(lines) and all(b"\t" in line or line.startswith(b"{") for line in lines[: max(1, len(lines) - 1)])
+
+
+def _start(path: str, count: int) -> bytes:
+    """The first bytes of a file, unzipped. Raises DataError where there are none to be had."""
+    from regraft.engine.config import DataConfig
+    from regraft.engine.data.source import find_source, open_bytes
+
+    # Any format does here: what the bytes are is judged by who asked.
+    with open_bytes(find_source(path, DataConfig(train=path, format="jsonl"))) as stream:
+        return stream.read(count)
 
 
 def _of_row(row: dict[str, Any]) -> str | None:
@@ -81,26 +87,19 @@ def write_config(path: str, task: str, model: str, dev: str | None, test: str | 
     """The YAML of a run. The rows are read once, so that what cannot be used is told now. Raises DataError."""
     from regraft.engine.config import DataConfig
     from regraft.engine.init_command import _line, _scalar
-    from regraft.engine.tasks import task_class
 
     name = Path(path.removesuffix(".gz"))
     form = {} if name.suffix != ".txt" else {"format": "text"}
     if task == "tagging" and name.suffix in ("", ".tsv", ".annotated", ".txt"):
         form = {"format": "conll"}
     data = DataConfig(train=path, **form)
-    while True:
-        try:
-            rows = task_class(task).read(path, data, split="train")
-            break
-        except DataError as error:
-            # What the message says can be left out, is.
-            rule = next((r for r in RULES if f"data.{r}:" in str(error) and getattr(data, r) != RULES[r]), None)
-            if rule is None:
-                raise
-            data = data.model_copy(update={rule: RULES[rule]})
+    rows, data = _read(path, task, data, "train")
+    for split, given in (("dev", dev), ("test", test)):
+        if given is not None:
+            _, data = _read(given, task, data, split)
     counts = ", ".join(f"{n:,} {what}" for what, n in rows.dropped.items())
     gaps = [
-        _line(f"  {r}: {v}", f"{counts}; `error` would stop at the first")
+        _line(f"  {r}: {v}", f"{counts or 'none of the training rows'}; `error` would stop at the first")
         for r, v in RULES.items()
         if getattr(data, r) == v
     ]
@@ -135,6 +134,20 @@ def write_config(path: str, task: str, model: str, dev: str | None, test: str | 
         "  epochs: 3",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _read(path: str, task: str, data: DataConfig, split: str) -> tuple[Rows, DataConfig]:
+    """Rows, and `data` with the rules by which they can be read: what a message says can be left out, is."""
+    from regraft.engine.tasks import task_class
+
+    while True:
+        try:
+            return task_class(task).read(path, data, split=split), data
+        except DataError as error:
+            rule = next((r for r in RULES if f"data.{r}:" in str(error) and getattr(data, r) != RULES[r]), None)
+            if rule is None:
+                raise
+            data = data.model_copy(update={rule: RULES[rule]})
 
 
 def _shown(labels: Any) -> str:

@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain, islice
 from typing import IO, Any
 
@@ -91,24 +91,23 @@ def evaluate_file(
     """`regraft evaluate`: figures and the per-class table, or JSON. `task`: one of several, by name; `overrides`: of
     what the run's `data` says."""
     from regraft.engine.evaluation import evaluate
-    from regraft.engine.heldout import heldout_examples
+    from regraft.engine.heldout import heldout_examples, read_otherwise
     from regraft.engine.progress import ProgressBar
     from regraft.engine.threads import available_threads
 
     _set_threads(available_threads())
-    trained = load_task(model, task)
-    trained = replace(trained, data=changed_data(trained.data, list(overrides)))
+    trained = read_otherwise(load_task(model, task), overrides, file)
     made = heldout_examples(trained, file)
     rows, store = made.rows, made.store
     with ProgressBar("evaluating", len(rows), shown=sys.stderr.isatty()) as bar:
         found = evaluate(trained.running, made, trained.task, progress=bar.advance)
     details = found.accumulated.details()
     if style == "json":
-        record = {"data": rows.path, "rows": len(rows), "dropped": rows.dropped, "truncated_rows": store.truncated}
+        record = {"data": rows.told, "rows": len(rows), "dropped": rows.dropped, "truncated_rows": store.truncated}
         record |= {"seconds": found.seconds, "metrics": found.metrics, "details": details}
         print(json.dumps(record, ensure_ascii=False, default=float))
         return 0
-    print(f"{rows.path}: {len(rows):,} rows in {found.seconds:.1f} s", end="")
+    print(f"{rows.told}: {len(rows):,} rows in {found.seconds:.1f} s", end="")
     print("".join(f", {n:,} dropped ({rule})" for rule, n in rows.dropped.items()), end="")
     print(f", {store.truncated:,} cut to {trained.max_length} tokens" if store.truncated else "")
     widest = max(16, *map(len, found.metrics))
@@ -255,7 +254,9 @@ def _second_text(a: Answer, trained: Trained) -> str:
 def _write_table(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
     for a in answers:
         shown = "  ".join(f"{name} {p:.3f}" for name, p in a.prediction.top(top_k or 3).items())
-        text = " | ".join(filter(None, (a.text, _second_text(a, trained))))
+        text = " ".join(
+            " | ".join(filter(None, (a.text, _second_text(a, trained)))).split()
+        )  # one line, whatever breaks it
         text = text if len(text) <= 60 else text[:59] + "…"
         cut = f"  ({a.cut_tokens} tokens cut)" if a.cut_tokens else ""
         out.write(f"{text:60}  {trained.task.shown(a.prediction):24}  {shown}{cut}\n")

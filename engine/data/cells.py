@@ -159,7 +159,6 @@ def _text(source: Source, data: DataConfig, need_labels: bool) -> Iterator[Table
 
 @contextmanager
 def _parquet(source: Source, data: DataConfig, need_labels: bool) -> Iterator[Table]:
-    import pyarrow
     from pyarrow import parquet
 
     with open_bytes(source) as stream, tempfile.TemporaryFile() as unzipped:
@@ -167,14 +166,25 @@ def _parquet(source: Source, data: DataConfig, need_labels: bool) -> Iterator[Ta
             while piece := stream.read(1 << 20):
                 unzipped.write(piece)
             unzipped.seek(0)
-        try:
+        with telling_bad_parquet(source):
             file = parquet.ParquetFile(unzipped if source.gzipped else stream)
             names = file.schema_arrow.names
             use = use_columns(data, names, str(source), need_labels)
             pieces = file.iter_batches(batch_size=PARQUET_ROWS, columns=[c for c in use if c is not None])
             yield Table(_numbered(use, pieces), use[2] is not None)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{source}: not a readable parquet file: {error}") from None
+
+
+@contextmanager
+def telling_bad_parquet(source: Source) -> Iterator[None]:
+    """Raise DataError where the file's content cannot be read in the block."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "strerror", None) is not None:  # a disk's fault; a damaged column has no number
+            raise
+        raise DataError(f"{source}: not a readable parquet file: {error}") from None
 
 
 def use_columns(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from regraft.engine.data.rows import Rows
-from regraft.engine.tasks.labels import name_of
+from regraft.engine.label_names import name_of
 
 TOKENS_A_WORD = 1.4  # of English in a vocabulary of 30,000
 
@@ -27,7 +27,7 @@ class Description:
 
 
 def describe(rows: Rows, task_type: str) -> Description:
-    """Rows must have labels."""
+    """Rows must have labels; those of a regression are numbers."""
     words = np.array([_words(text) for text in rows.texts])
     if rows.pairs is not None:
         words = words + np.array([_words(text) for text in rows.pairs])
@@ -52,10 +52,7 @@ def _words(text: str) -> int:
 def _labels(rows: Rows, task_type: str) -> tuple[str, float]:
     labels: Any = rows.labels
     if task_type == "regression":
-        try:
-            values = np.array([float(value) for value in labels])
-        except (TypeError, ValueError):
-            return "some are not numbers", 1.0
+        values = np.array([float(value) for value in labels])
         return f"numbers from {values.min():g} to {values.max():g}, {values.mean():.3g} on average", 1.0
     if task_type == "multilabel":
         counts = Counter(name_of(label) for row in labels for label in row)
@@ -64,7 +61,7 @@ def _labels(rows: Rows, task_type: str) -> tuple[str, float]:
         told += f", {none:,} rows have none" if none else ""
     else:
         counts = Counter(map(name_of, labels))
-        told = f"{len(counts)} classes"
+        told = f"{len(counts)} class{'es' * (len(counts) != 1)}"
     if not counts:
         return told, 1.0
     ordered = counts.most_common()

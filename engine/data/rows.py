@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ class Rows:
     multilabel) or None when the source has none.
 
     `lines` [N] int64 are 1-based lines of `path` (row numbers for parquet and hub datasets); `dropped` counts rows
-    left out by a rule the user chose, by rule. `scheme`: how the source spells spans, where it has tags of words.
+    left out by a rule the user chose, by rule. `scheme`: how the source spells spans, where it has tags of words. `carved`: `path` holds other
+    rows too, which training learned from.
     """
 
     split: str
@@ -28,6 +29,7 @@ class Rows:
     pairs: Sequence[Any] | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     scheme: str | None = None
+    carved: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.texts)
@@ -39,6 +41,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def told(self) -> str:
+        """Where the rows are from, for a person who compares figures."""
+        return f"{self.path} ({self.split} rows carved from it)" if self.carved else self.path
+
     def where(self, index: int, column: str | int | None = None) -> str:
         """`file:line, column 'x'` of row `index`, for an error message."""
         return at(self.path, int(self.lines[index]), column)
@@ -46,13 +53,12 @@ class Rows:
     def take(self, index: np.ndarray, *, split: str | None = None, dropped: dict[str, int] | None = None) -> Rows:
         """The rows at `index`, in that order."""
         pick = lambda column: None if column is None else [column[i] for i in index]  # noqa: E731
-        return Rows(
+        return replace(
+            self,
             split=split or self.split,
-            path=self.path,
             texts=pick(self.texts) or [],
             labels=pick(self.labels),
             lines=self.lines[index],
             pairs=pick(self.pairs),
             dropped=self.dropped if dropped is None else dropped,
-            scheme=self.scheme,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regraft.engine.config import DataConfig
+from regraft.engine.data.cells import telling_bad_parquet
 from regraft.engine.data.column_names import HEADER_WORDS
 from regraft.engine.data.delimited import LONGEST_CELL
 from regraft.engine.data.source import (
@@ -178,15 +179,11 @@ def is_number(value: Any) -> bool:
 
 
 def _parquet(source: Source) -> dict[str | int, list[Any]]:
-    import pyarrow
     from pyarrow import parquet
 
-    with open_bytes(source) as stream:
-        try:
-            file = parquet.ParquetFile(io.BytesIO(stream.read()) if source.gzipped else stream)
-            piece = next(file.iter_batches(batch_size=SAMPLE), None)
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{source}: not a readable parquet file: {error}") from None
+    with open_bytes(source) as stream, telling_bad_parquet(source):
+        file = parquet.ParquetFile(io.BytesIO(stream.read()) if source.gzipped else stream)
+        piece = next(file.iter_batches(batch_size=SAMPLE), None)
     if piece is None:
         raise DataError(f"{source}: is empty")
     return {name: piece.column(name).to_pylist() for name in piece.schema.names}

@@ -99,9 +99,14 @@ def _not_a_file(path: Path) -> str:
     return f"{path}: no such file; {path.parent} has {shown or 'no files'}"
 
 
-def open_bytes(source: Source) -> BinaryIO:
-    """The file's bytes, unzipped."""
-    return gzip.open(source.path, "rb") if source.gzipped else source.path.open("rb")  # type: ignore[return-value]
+@contextmanager
+def open_bytes(source: Source) -> Iterator[BinaryIO]:
+    """The file's bytes, unzipped. A damaged gzip file raises DataError, wherever in the block it is found."""
+    with gzip.open(source.path, "rb") if source.gzipped else source.path.open("rb") as stream:
+        try:
+            yield stream  # type: ignore[misc]
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{source}: damaged gzip file: {error}") from None
 
 
 @contextmanager
@@ -117,8 +122,6 @@ def open_lines(source: Source, newline: str) -> Iterator[Iterator[str]]:
             raise
         except UnicodeError as error:
             raise encoding_error(source, error) from None
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(f"{source}: damaged gzip file: {error}") from None
 
 
 def without_mark(text: IO[str]) -> Iterator[str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import DataError
+from regraft.engine.label_names import name_of
 
 BINS = 10  # of a regression's values
 
@@ -41,7 +43,8 @@ def split_dev(rows: Rows, fraction: float, seed: int, task_type: str) -> tuple[R
     chosen = np.zeros(len(rows), dtype=bool)
     for group in dev:
         chosen[groups[group]] = True
-    return rows.take(np.flatnonzero(~chosen)), rows.take(np.flatnonzero(chosen), split="dev", dropped={})
+    dev_rows = rows.take(np.flatnonzero(chosen), split="dev", dropped={})
+    return rows.take(np.flatnonzero(~chosen)), replace(dev_rows, carved=True)
 
 
 def _same_text(rows: Rows) -> list[list[int]]:
@@ -63,8 +66,6 @@ def _strata(rows: Rows, first: Sequence[int], task_type: str) -> list[Any]:
         return [min((str(n) for n in names), key=lambda n: (count[n], n), default="") for names in labels]
     if task_type != "classification":  # no classes to keep apart
         return [0] * len(first)
-    from regraft.engine.tasks.labels import name_of
-
     return [name_of(label) for label in labels]
 
 

@@ -182,7 +182,7 @@ def _readme(info: BundleInfo) -> str:
     )
 
 
-def refuse_options(layout: str, int8: bool, data_file: str | None) -> None:
+def refuse_options(layout: str, int8: bool, data_file: str | None, overrides: Sequence[str]) -> None:
     """Raise ExportError for options of `regraft export` that a graph of several adapters does not have."""
     if layout != "packed":
         raise ExportError(
@@ -194,3 +194,5 @@ def refuse_options(layout: str, int8: bool, data_file: str | None) -> None:
         )
     if data_file:
         raise ExportError("--data: each adapter is compared on its own run's rows; leave it out")
+    if overrides:
+        raise ExportError(f"--set {overrides[0]}: each adapter is compared on its own run's rows; leave it out")

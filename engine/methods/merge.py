@@ -51,7 +51,7 @@ def _outputs(trained: Trained, data_file: str | None) -> tuple[str, np.ndarray]:
     made = encoded(trained, heldout_rows(trained, data_file, split=None if data_file else "dev"))
     made, _ = trained.task.draw(made, np.arange(len(made.store)), (0, 0))
     outputs = run_all(trained.running, made)
-    return f"{len(made.rows):,} rows of {made.rows.path}", np.concatenate([np.atleast_2d(x) for x in outputs])
+    return f"{len(made.rows):,} rows of {made.rows.told}", np.concatenate([np.atleast_2d(x) for x in outputs])
 
 
 def _drift(expected: np.ndarray, found: np.ndarray) -> float:

@@ -163,7 +163,7 @@ class ClassificationMetrics(Metrics):
             "accuracy": float(accuracy_score(true, predicted, sample_weight=weight)),
             "macro_f1": float(f1["macro"]),
             "micro_f1": float(f1["micro"]),
-            "matthews": float(matthews_corrcoef(true, predicted, sample_weight=weight)),
+            "matthews": float(matthews_corrcoef(true, predicted, sample_weight=weight)) if len(seen) > 1 else 0.0,
             "loss": self.loss_sum / max(total, 1),
         }
 

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError, nearest
+from regraft.engine.label_names import name_of
 
 NUMBER = re.compile(r"-?\d+")
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-WHOLE = re.compile(r"-?\d+\.0+")  # a whole number as a column of decimals writes it
-
-
-def name_of(value: Any) -> str:
-    """A label value as its name: 1, 1.0, '1' and '1.0' are the same label, which files write in different ways."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    name = str(value).strip()
-    return name[: name.index(".")] if WHOLE.fullmatch(name) else name
+TRUTH = ("true", "false")  # in JSON and parquet; a csv says True or TRUE
 
 
 def value_of(name: str) -> float | None:
@@ -53,7 +43,11 @@ def index_by_name(labels: tuple[str, ...], *, numbered: bool) -> dict[str, int]:
     index: dict[str, int] = {}
     if numbered and not any(value_of(n) is not None for n in labels):
         index = {str(i): i for i in range(len(labels))}
-    return index | {name_of(name): i for i, name in enumerate(labels)}
+    index |= {name_of(name): i for i, name in enumerate(labels)}
+    for name in [name for name in index if name.lower() in TRUTH]:
+        for spelling in (name.lower(), name.title(), name.upper()):
+            index.setdefault(spelling, index[name])
+    return index
 
 
 def unknown_label(labels: tuple[str, ...], rows: Rows, row: int, label_column: str | int, name: str) -> DataError:

@@ -9,8 +9,9 @@ import numpy as np
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
+from regraft.engine.label_names import name_of
 from regraft.engine.tasks.base import Metrics, Prediction, Task, ranked
-from regraft.engine.tasks.labels import in_order, index_by_name, name_of, named_weights, unknown_label
+from regraft.engine.tasks.labels import in_order, index_by_name, named_weights, unknown_label
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ from pyarrow import parquet
 from regraft.engine.config import ColumnsConfig, DataConfig
 from regraft.engine.data.read import read_file, read_rows
 from regraft.engine.errors import DataError
+from regraft.engine.init_command import init_config
 
 ROWS = [("good film", "pos"), ('he said "no", twice', "neg"), ("naïve 🙂 中文", "pos")]
 
@@ -320,6 +322,40 @@ def test_damaged_files_are_told(tmp_path):
     content = gzip.compress(b"text\tlabel\n" + b"some words\t1\n" * 5000)
     assert "damaged gzip" in fault_of(write(tmp_path / "a.tsv.gz", content[: len(content) // 2]))
     assert "not a readable parquet" in fault_of(write(tmp_path / "a.parquet", b"PAR1 and nothing else"))
+
+
+def damaged(content):
+    """A gzip file cut off in the middle, and one with bytes that no compressor writes."""
+    whole = gzip.compress(content)
+    return {"cut": whole[: len(whole) // 2], "changed": whole[:10] + b"\xff" * 40 + whole[50:]}
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed"])
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz", "a.txt.gz", "a.parquet.gz"])
+def test_a_damaged_gzip_file_of_any_format_is_told_by_readers_and_by_init(tmp_path, name, damage):
+    lines = [random.Random(i).randbytes(12).hex() for i in range(2000)]
+    if name == "a.parquet.gz":
+        parquet.write_table(pa.table({"text": lines, "label": ["a", "b"] * 1000}), tmp_path / "whole")
+        content = (tmp_path / "whole").read_bytes()
+    elif name == "a.jsonl.gz":
+        content = "".join(json.dumps({"text": x, "label": x[0]}) + "\n" for x in lines).encode()
+    else:
+        content = ("text,label\n" + "".join(f"{x},{x[0]}\n" for x in lines)).encode()
+    path = write(tmp_path / name, damaged(content)[damage])
+    if name != "a.txt.gz":
+        assert f"{path}: damaged gzip file" in fault_of(path)
+    with pytest.raises(DataError, match="damaged gzip file"):
+        init_config(str(path))
+
+
+def test_a_parquet_file_with_a_damaged_column_is_told(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": [str(i) for i in range(5000)], "label": ["a", "b"] * 2500}), path)
+    content = path.read_bytes()
+    write(path, content[:1000] + bytes(4000) + content[5000:])
+    assert f"{path}: not a readable parquet file" in fault_of(path)
+    with pytest.raises(DataError, match="not a readable parquet file"):
+        init_config(str(path))
 
 
 def test_a_json_list_of_rows_is_told_apart_from_jsonl(tmp_path):

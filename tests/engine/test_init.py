@@ -277,3 +277,55 @@ def test_an_order_of_words_is_asked_for_and_numbers_have_one(tmp_path):
     written = init_config(str(tmp_path / "n.csv"), task="ordinal", model="m")
     assert "numbers have one" in written and "quadratic_kappa" in written
     assert main(["init", str(tmp_path / "n.csv"), "--task", "ordinal", "--out", str(tmp_path / "run.yaml")]) == 0
+
+
+def test_the_order_that_is_offered_is_accepted_when_it_is_uncommented(tmp_path):
+    numbers = ("0.5", "10", "2", "007")
+    rows = [f"a text number {i} that is here,{numbers[i % 4]}" for i in range(40)]
+    path = write(tmp_path / "n.csv", ["text,label", *rows])
+    written = init_config(str(path), task="ordinal", model="m")
+    assert "  # labels: [0.5, 2, '007', 10]" in written
+    (tmp_path / "run.yaml").write_text(written.replace("# labels: [0.5", "labels: [0.5"))
+    assert load_config(tmp_path / "run.yaml").task.labels == ["0.5", "2", "007", "10"]
+
+
+def test_a_faulty_file_beside_the_training_file_is_told_and_left_out(tmp_path):
+    rows = ["text,label", *(f"{t},{i % 2}" for i, t in enumerate(sentences(40)))]
+    train = write(tmp_path / "train.csv", rows)
+    write(tmp_path / "dev.csv", [*rows[:5], "fine,1,extra"])
+    write(tmp_path / "test.csv", ["text", "no label here"])
+    config, text = config_of(train)
+    assert (config.data.dev, config.data.test) == (None, None)
+    assert f"# {tmp_path / 'dev.csv'} left out: {tmp_path / 'dev.csv'}:6: expected 2 fields" in text
+    assert text.count("dev.csv left out") == 1 and "test.csv" not in text
+
+
+@pytest.mark.parametrize("given", ["dev", "test"])
+def test_files_that_are_given_are_read(tmp_path, given):
+    train = write(tmp_path / "a.csv", ["text,label", *(f"{t},{i % 2}" for i, t in enumerate(sentences(40)))])
+    words = write(tmp_path / "a.conll", ["good B-A", "film O", "", "good B-A", "plot O"])
+    for rows in (train, words):
+        with pytest.raises(DataError, match=r"nope\.csv: no such file"):
+            init_config(str(rows), **{given: str(tmp_path / f"nope{rows.suffix}")[: -len(rows.suffix)] + ".csv"})
+        empty = tmp_path / f"empty{rows.suffix}"
+        empty.write_text("")
+        with pytest.raises(DataError, match=r"empty\.c"):
+            init_config(str(rows), **{given: str(empty)})
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "told"),
+    [
+        (["good", "bad"], "regression", r"a\.csv:2, column 'label': 'good' is not a number"),
+        (["0.5", "nan"], None, r"a\.csv:3, column 'label': 'nan' is not a finite number"),
+        (["0.5", "inf"], None, r"a\.csv:3, column 'label': 'inf' is not a finite number"),
+        (["good"], None, "all 40 rows have the label 'good'"),
+        (["3"], "ordinal", "all 40 rows have the label '3'"),
+        (["3"], "regression", "all 40 rows have the value 3"),
+    ],
+)
+def test_labels_that_no_training_could_begin_with_are_refused(tmp_path, labels, task, told):
+    rows = [f"{t},{labels[i % len(labels)]}" for i, t in enumerate(sentences(40))]
+    path = write(tmp_path / "a.csv", ["text,label", *rows])
+    with pytest.raises(DataError, match=told):
+        init_config(str(path), label="label", task=task)
