@@ -17,6 +17,7 @@ from regraft.engine.batches import by_length
 from regraft.engine.bundle import BundleInfo, write_info
 from regraft.engine.errors import DataError, ExportError
 from regraft.engine.examples import Examples
+from regraft.engine.figures import figure
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs, graph_outputs
 from regraft.engine.machine import versions
@@ -275,7 +276,7 @@ def same_answers(trained: Trained, comparison: Comparison | None, run: Run) -> d
         row = worst if examples.row_of is None else int(examples.row_of[worst])
         raise ExportError(
             f"the graph's outputs differ from the model's by {errors[worst]:.1e} (allowed {PARITY_TOLERANCE:.0e}), worst for "
-            f"{examples.rows.where(row)}; {quality['metric']} {quality['model']:.4f} of the model, {quality['graph']:.4f} of "
+            f"{examples.rows.where(row)}; {quality['metric']} {figure(quality['model'])} of the model, {figure(quality['graph'])} of "
             "the graph; nothing was written"
         )
     return quality
@@ -336,7 +337,7 @@ def quantise_within(
         quantise(graph, trial, candidate.kept)
         quality = quality_of(trained, comparison, graph_runner(open_graph(trial), info))
         tried.append(
-            f"{candidate.name}: {quality['metric']} {quality['graph']:.4f} ({-quality['loss_points']:+.2f} points)"
+            f"{candidate.name}: {quality['metric']} {figure(quality['graph'])} ({-quality['loss_points']:+.2f} points)"
         )
         if quality["loss_points"] <= max_loss and finite_on_grid(graph_runner(open_graph(trial), info), batches):
             shutil.move(trial, graph)
@@ -344,7 +345,7 @@ def quantise_within(
     trial.unlink(missing_ok=True)
     raise ExportError(
         f"int8 costs more than {max_loss} points of {trained.task.metric} (fp32 "
-        f"{comparison.model_metrics[trained.task.metric]:.4f}); nothing was written. Tried " + "; ".join(tried)
+        f"{figure(comparison.model_metrics[trained.task.metric])}); nothing was written. Tried " + "; ".join(tried)
     )
 
 
@@ -361,7 +362,7 @@ def _report(to: Path, info: BundleInfo) -> str:
     if info.quality:
         q = info.quality
         lines.append(
-            f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}"
+            f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {figure(q['model'])}, graph {figure(q['graph'])}"
         )
     elif not several:
         lines.append("the run's held-out rows are gone, so the metric was not compared; name some with --data FILE")

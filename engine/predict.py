@@ -16,6 +16,7 @@ from regraft.engine.config import changed_data
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import suited_to
 from regraft.engine.errors import DataError
+from regraft.engine.figures import figure
 from regraft.engine.tasks.base import Prediction
 from regraft.engine.trained import Trained, load_trained, takes_pairs
 
@@ -113,7 +114,7 @@ def evaluate_file(
     print(f", {store.truncated:,} cut to {trained.max_length} tokens" if store.truncated else "")
     widest = max(16, *map(len, found.metrics))
     for name, value in found.metrics.items():
-        print(f"  {name:{widest}} {value:.4f}")
+        print(f"  {name:{widest}} {figure(value)}")
     if details.get("per_class"):
         width = max(len(r["label"]) for r in details["per_class"])
         print(f"\n  {'label':{width}}  precision  recall      f1    rows")
@@ -171,6 +172,8 @@ def predict_command(
     if len(chosen) > 1:
         _write_several(chosen, source, top_k, sys.stdout)
     else:
+        spelled = trained.data.model_copy(update={"label_separator": data.label_separator})
+        trained = replace(trained, data=spelled)
         style = style or ("table" if sys.stdout.isatty() else "jsonl")
         write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
         write(predict(trained, source), trained, top_k, sys.stdout)
@@ -234,6 +237,12 @@ def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, o
     writer = csv.writer(out, lineterminator="\n")
     source = iter(answers)
     first = next(source, None)
+    separator = trained.data.label_separator
+    if trained.task.kind() == "multilabel" and (taken := [n for n in trained.task.labels if separator in n]):
+        raise DataError(
+            f"--format csv: the label {taken[0]!r} contains {separator!r}, which stands between labels; choose another "
+            "with --set 'data.label_separator=;', or --format jsonl"
+        )
     # A task says by its answers whether it has a score for every label.
     scored = {} if first is None else first.prediction.scores
     names = [name for name in trained.task.labels if name in scored and top_k is None]
@@ -244,8 +253,8 @@ def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, o
         scores = [f"{a.prediction.scores[name]:.6f}" for name in names]
         for name, p in a.prediction.top(top_k).items() if ranks else ():
             scores += [name, f"{p:.6f}"]
-        shown = trained.task.shown(a.prediction)
-        writer.writerow([a.text, _second_text(a, trained), shown, *scores, a.cut_tokens])
+        label = trained.task.cell(a.prediction, separator)
+        writer.writerow([a.text, _second_text(a, trained), label, *scores, a.cut_tokens])
 
 
 def _second_text(a: Answer, trained: Trained) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.examples import Examples
+from regraft.engine.figures import figure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,7 +264,12 @@ class Task(ABC):
         label = prediction.label
         if isinstance(label, tuple):
             return ", ".join(label) or "(none)"
-        return f"{label:.4f}" if isinstance(label, float) else label
+        return figure(label) if isinstance(label, float) else label
+
+    def cell(self, prediction: Prediction, separator: str) -> str:
+        """What a prediction says in a cell of csv, from which nothing is lost. `separator`: between labels."""
+        label = prediction.label
+        return separator.join(label) if isinstance(label, tuple) else str(label)
 
     def example_answer(self) -> dict[str, Any]:
         """What an answer looks like, for the server's documentation."""

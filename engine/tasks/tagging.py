@@ -410,6 +410,9 @@ class Tagging(Task):
     def shown(self, prediction: Prediction) -> str:
         return "  ".join(f"{s.text}/{s.label}" for s in prediction.spans) or "(none)"
 
+    def cell(self, prediction: Prediction, separator: str) -> str:
+        return self.shown(prediction) if prediction.spans else ""
+
     def example_answer(self) -> dict[str, Any]:
         return {"spans": [{"start": 0, "end": 5, "label": self.kinds[0], "text": "Paris", "score": 0.98}]}
 

@@ -139,3 +139,56 @@ def test_questions_of_a_file_that_are_left_out_are_counted(run_of, ask, tmp_path
     most = (64 - 3) // 2  # tokens that a question may take of a model's 64
     assert code == 0 and json.loads(out)["cut_tokens"] == 80 - most, err
     assert np.isfinite(json.loads(out)["score"])
+
+
+@pytest.fixture
+def run_on(make_config, tmp_path):
+    def make(kind: str, rows: list[dict[str, object]], **data: object) -> Path:
+        file = tmp_path / "own.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+        config = make_config(
+            data={"train": str(file), "dev": str(file), **data},
+            task={"type": kind},
+            training={"max_steps": 1, "batch_size": 4, "learning_rate": 1e-3, "precision": "fp32", "threads": 1},
+        )
+        return train(load_config(config), quiet=True).folder
+
+    return make
+
+
+def test_small_numbers_keep_their_digits_in_csv_tables_and_lines(run_on, ask, tmp_path, capsys):
+    folder = run_on("regression", [{"text": "good film", "label": 4e-5}, {"text": "bad film", "label": 1e-5}])
+    told = json.loads(ask(folder, "good film\n", "--format", "jsonl")[1])["label"]
+    assert 0 < abs(told) < 1e-3
+    header, row = csv.reader(io.StringIO(ask(folder, "good film\n", "--format", "csv")[1]))
+    assert float(row[header.index("label")]) == told
+    assert f"{told:.4g}" in ask(folder, "good film\n", "--format", "table")[1]
+    assert main(["evaluate", str(folder), str(tmp_path / "own.jsonl")]) == 0
+    figures = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert 0 < float(figures["mse"]) < 1e-8 and 0 < float(figures["mae"]) < 1e-3
+    assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert f"mse {figures['mse']}" in capsys.readouterr().out
+
+
+def test_labels_in_csv_can_be_taken_apart_again(run_on, ask):
+    rows = [{"text": "good film", "label": "fear, deep|joy"}, {"text": "bad film", "label": "joy"}]
+    folder = run_on("multilabel", rows, label_separator="|")
+    spec = json.loads((folder / "best" / "regraft.json").read_text())
+
+    def answered(threshold: float, *options: str) -> tuple[int, list[list[str]], str]:
+        spec["task"]["thresholds"] = [threshold] * 2
+        (folder / "best" / "regraft.json").write_text(json.dumps(spec))
+        code, out, err = ask(folder, "good film\n", "--format", "csv", *options)
+        return code, list(csv.reader(io.StringIO(out))), err
+
+    assert answered(1e-6)[1][1][2].split("|") == ["fear, deep", "joy"]
+    assert answered(1e-6, "--set", "data.label_separator=;")[1][1][2].split(";") == ["fear, deep", "joy"]
+    assert answered(1 - 1e-6)[1][1][2] == ""
+    code, written, err = answered(1e-6, "--set", "data.label_separator=','")
+    assert (code, written) == (2, []) and "the label 'fear, deep' contains ','" in err
+
+
+def test_nothing_found_is_an_empty_cell(run_of, ask):
+    folder = run_of("tagging")
+    header, *rows = csv.reader(io.StringIO(ask(folder, "good film\n\n", "--format", "csv")[1]))
+    assert rows[1][header.index("label")] == ""
