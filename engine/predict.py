@@ -34,16 +34,57 @@ class Answer:
     cut_tokens: int
 
 
-def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answer]:
-    """Answers in the order of `texts` (text, and the second text or what else the task takes beside it, or None), a
-    chunk of rows at a time.
+def predict(trained: Trained, texts: Iterable[str | tuple[str, Any]]) -> Iterator[Answer]:
+    """Answers in the order of `texts`: texts, or pairs of a text and its second text (or what else the task takes beside
+    it, or None).
 
-    A chunk's rows run by length, so padding in attention is small; memory does not grow with the number of texts.
+    Memory does not grow with the number of texts. Raises DataError naming the place in `texts` of what is neither.
     """
-    from regraft.engine.evaluation import run_all
+    yield from answers_of(trained, in_chunks(checked(texts, takes_pairs(trained) is not None)))
 
+
+def in_chunks(texts: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """The texts in lists of CHUNK_ROWS."""
     source = iter(texts)
     while chunk := list(islice(source, CHUNK_ROWS)):
+        yield chunk
+
+
+def checked(texts: Iterable[str | tuple[str, Any]], text_beside: bool = False) -> Iterator[tuple[str, Any]]:
+    """Each as a pair: a text alone has None beside it. `text_beside`: nothing but a text may stand there.
+
+    Raises DataError for all that is neither a text nor such a pair.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"texts: expected several texts, found one: {texts[:60]!r}; put it in a list")
+    for number, item in enumerate(texts):
+        pair = (item, None) if isinstance(item, str) else item
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise DataError(
+                f"texts[{number}]: expected a text, or a pair of a text and a text or None, found {item!r:.60}"
+            )
+        text, beside = pair
+        if text_beside and not isinstance(beside, str | None):
+            raise DataError(f"texts[{number}]: expected a text or None as the second of the pair, found {beside!r:.60}")
+        for part in (text, beside) if isinstance(beside, str) else (text,):
+            if not part.isascii():
+                _refuse_halves(part, number)
+        yield text, beside
+
+
+def _refuse_halves(text: str, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x} at character {error.start}"
+        raise DataError(f"texts[{number}]: expected a text, found half of a character: {found}") from None
+
+
+def answers_of(trained: Trained, chunks: Iterable[list[tuple[str, Any]]]) -> Iterator[Answer]:
+    """Answers in order, a chunk of rows at a time. A chunk's rows run by length, so padding in attention is small."""
+    from regraft.engine.evaluation import run_all
+
+    for chunk in chunks:
         refuse_other_shape(trained, chunk)
         rows = rows_of(chunk)
         made = trained.task.examples(rows, trained.tokenizer, trained.max_length, labelled=False)
@@ -166,7 +207,7 @@ def predict_command(
     dropped: dict[str, int] = {}
     data = changed_data(suited_to(file, trained.data), list(overrides))
     if texts:
-        source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
+        source: Iterable[tuple[str, Any]] = checked([(text, pair) for text in texts])
     else:
         source = trained.task.inputs(file or sys.stdin.buffer, data, dropped)
     if len(chosen) > 1:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,9 @@ import pytest
 
 from regraft.engine.cli import main
 from regraft.engine.config import load_config
+from regraft.engine.errors import DataError
+from regraft.engine.predict import predict
+from regraft.engine.trained import load_trained
 from regraft.engine.training.run import train
 
 WORD = {"text": ["good", "film"], "label": ["B-A", "O"]}
@@ -192,3 +196,21 @@ def test_nothing_found_is_an_empty_cell(run_of, ask):
     folder = run_of("tagging")
     header, *rows = csv.reader(io.StringIO(ask(folder, "good film\n\n", "--format", "csv")[1]))
     assert rows[1][header.index("label")] == ""
+
+
+def test_python_takes_texts_and_pairs_and_names_what_is_neither(run_of):
+    model = load_trained(run_of("classification"))
+    alone, paired = (list(predict(model, texts)) for texts in (["good film", "x"], [("good film", None), ["x", None]]))
+    assert alone == paired and [a.text for a in alone] == ["good film", "x"]
+    for texts, told in (
+        ("good", "texts: expected several texts, found one: 'good'; put it in a list"),
+        (["a", None], "texts[1]: expected a text, or a pair of a text and a text or None, found None"),
+        ([(None, None)], "texts[0]: expected a text, or a pair of a text and a text or None, found (None, None)"),
+        ([{"text": "a"}], "texts[0]: expected a text, or a pair of a text and a text or None, found {'text': 'a'}"),
+        ([("a", "b", "c")], "texts[0]: expected a text, or a pair"),
+        ([("a", 3)], "texts[0]: expected a text or None as the second of the pair, found 3"),
+        (["fine", "caf\ud800"], "texts[1]: expected a text, found half of a character: \\ud800 at character 3"),
+        ([("fine", "\ud800")], "texts[0]: expected a text, found half of a character: \\ud800 at character 0"),
+    ):
+        with pytest.raises(DataError, match=re.escape(told)):
+            list(predict(model, texts))
