@@ -17,6 +17,7 @@ from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import suited_to
 from regraft.engine.errors import DataError
 from regraft.engine.figures import figure
+from regraft.engine.live_input import as_they_come, is_live, reopened
 from regraft.engine.tasks.base import Prediction
 from regraft.engine.trained import Trained, load_trained, takes_pairs
 
@@ -206,18 +207,21 @@ def predict_command(
     trained = next(iter(chosen.values()))
     dropped: dict[str, int] = {}
     data = changed_data(suited_to(file, trained.data), list(overrides))
+    live = not texts and not file and is_live(sys.stdin.buffer)
     if texts:
         source: Iterable[tuple[str, Any]] = checked([(text, pair) for text in texts])
     else:
-        source = trained.task.inputs(file or sys.stdin.buffer, data, dropped)
+        stream = reopened(sys.stdin.buffer) if live else sys.stdin.buffer
+        source = trained.task.inputs(file or stream, data, dropped)
+    chunks = as_they_come(iter(source), CHUNK_ROWS, sys.stdout.flush) if live else in_chunks(source)
     if len(chosen) > 1:
-        _write_several(chosen, source, top_k, sys.stdout)
+        _write_several(chosen, chunks, top_k, sys.stdout)
     else:
         spelled = trained.data.model_copy(update={"label_separator": data.label_separator})
         trained = replace(trained, data=spelled)
         style = style or ("table" if sys.stdout.isatty() else "jsonl")
         write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
-        write(predict(trained, source), trained, top_k, sys.stdout)
+        write(answers_of(trained, chunks), trained, top_k, sys.stdout)
     for rule, count in dropped.items():
         print(f"{count:,} rows left out: {rule}", file=sys.stderr)
     return 0
@@ -256,11 +260,10 @@ def _record(a: Answer, trained: Trained, top_k: int | None) -> dict[str, Any]:
 
 
 def _write_several(
-    chosen: dict[str, Trained], texts: Iterable[tuple[str, Any]], top_k: int | None, out: IO[str]
+    chosen: dict[str, Trained], chunks: Iterable[list[tuple[str, Any]]], top_k: int | None, out: IO[str]
 ) -> None:
-    source = iter(texts)
-    while chunk := list(islice(source, CHUNK_ROWS)):
-        each = [predict(trained, chunk) for trained in chosen.values()]
+    for chunk in chunks:
+        each = [answers_of(trained, [chunk]) for trained in chosen.values()]
         for answers in zip(*each, strict=True):
             for (name, trained), a in zip(chosen.items(), answers, strict=True):
                 out.write(json.dumps({"adapter": name} | _record(a, trained, top_k), ensure_ascii=False) + "\n")

@@ -167,8 +167,11 @@ class Task(ABC):
     @classmethod
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
         """Texts to be answered, of a file or an open stream, one by one, each with what stands beside it."""
-        from regraft.engine.data.read import iter_texts
+        from regraft.engine.data.read import iter_texts, with_blank_texts
+        from regraft.engine.data.source import is_plain_text
 
+        plain = is_plain_text(source, data) if isinstance(source, str) else data.columns.text_pair is None
+        data = with_blank_texts(data) if plain else data
         return ((row.text, row.pair) for row in iter_texts(source, data, dropped=dropped))
 
     @classmethod

@@ -6,8 +6,10 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,3 +216,80 @@ def test_python_takes_texts_and_pairs_and_names_what_is_neither(run_of):
     ):
         with pytest.raises(DataError, match=re.escape(told)):
             list(predict(model, texts))
+
+
+class Feeder:
+    """A pipe as standard input whose second line comes when the first has been answered, and the output that shows it."""
+
+    def __init__(self, first: str, second: str) -> None:
+        self.lines, self.written, self.seen = (first, second), "", 0
+        self.answered = threading.Event()
+        read, self.end = os.pipe()
+        self.buffer = os.fdopen(read, "rb")
+        self.thread = threading.Thread(target=self.feed)
+        self.thread.start()
+
+    def feed(self) -> None:
+        with os.fdopen(self.end, "w") as pipe:
+            pipe.write(self.lines[0])
+            pipe.flush()
+            self.in_time = self.answered.wait(20)
+            pipe.write(self.lines[1])
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None:
+        if self.written.count("\n") > self.written.startswith("text,"):
+            self.answered.set()
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("style", ["jsonl", "csv", "table"])
+def test_a_pipe_is_answered_as_it_comes(run_of, monkeypatch, style):
+    folder = run_of("classification")
+    fed = Feeder("good film\n", "bad film\n\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdin", fed)
+        patched.setattr(sys, "stdout", fed)
+        code = main(["predict", str(folder), "--format", style])
+    fed.thread.join()
+    assert code == 0 and fed.in_time
+    answers = fed.written.splitlines()[style == "csv" :]
+    assert len(answers) == 3 and "good film" in answers[0] and "bad film" in answers[1]
+
+
+def test_what_came_before_a_fault_in_a_pipe_is_answered(run_of, monkeypatch, capsys):
+    folder = run_of("classification")
+    fed = Feeder("good film\n", "{broken\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdin", fed)
+        patched.setattr(sys, "stdout", fed)
+        code = main(["predict", str(folder), "--format", "jsonl"])
+    fed.thread.join()
+    assert code == 2 and len(fed.written.splitlines()) == 1 and fed.in_time
+    assert "<stdin>:2: not valid JSON" in capsys.readouterr().err
+
+
+def test_a_blank_line_is_an_empty_text_unless_it_stands_among_objects(run_of, ask, tmp_path):
+    folder, object_line = run_of("classification"), '{"text": "good"}\n'
+    for lines, texts in (
+        ("good film\n\n \nbad\n", ["good film", "", " ", "bad"]),
+        (object_line + "\n" + object_line + "\n", ["good", "good"]),
+    ):
+        code, out, err = ask(folder, lines)
+        assert code == 0 and [json.loads(line)["text"] for line in out.splitlines()] == texts, err
+    (tmp_path / "x.txt").write_text("good film\n\nbad\n")
+    assert len(ask(folder, "", "--file", tmp_path / "x.txt")[1].splitlines()) == 3
+    for options in ([], ["--file", tmp_path / "x.txt"]):
+        code, out, err = ask(folder, "good film\n\nbad\n", *options, "--set", "data.empty=drop")
+        assert code == 0 and len(out.splitlines()) == 2 and "1 rows left out: empty" in err
+
+
+@pytest.mark.parametrize("kind", ["choice", "answering"])
+def test_a_blank_line_is_passed_over_where_a_line_is_more_than_a_text(run_of, ask, kind):
+    line = json.dumps(ASKED[kind])
+    code, out, err = ask(run_of(kind), f"\n{line}\n \n{line}\n\n")
+    assert code == 0 and len(out.splitlines()) == 2, err
