@@ -278,15 +278,15 @@ def _rounded(value: Any) -> Any:
 
 
 def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
-    writer = csv.writer(out, lineterminator="\n")
-    source = iter(answers)
-    first = next(source, None)
     separator = trained.data.label_separator
     if trained.task.kind() == "multilabel" and (taken := [n for n in trained.task.labels if separator in n]):
         raise DataError(
             f"--format csv: the label {taken[0]!r} contains {separator!r}, which stands between labels; choose another "
             "with --set 'data.label_separator=;', or --format jsonl"
         )
+    writer = csv.writer(out, lineterminator="\n")
+    source = iter(answers)
+    first = next(source, None)
     # A task says by its answers whether it has a score for every label.
     scored = {} if first is None else first.prediction.scores
     names = [name for name in trained.task.labels if name in scored and top_k is None]

@@ -102,10 +102,10 @@ def _curves(results: Sequence[Result], metric: str, greater_is_better: bool) -> 
     widest = max(len(r) for r in rows)
     grid = table(words("Way") + numbers(*[""] * (widest - 1)), [[*r, *[""] * (widest - len(r))] for r in rows])
     note = el("p", "Across: rows, as powers of ten. Below, rows: figure, of the first seed.", class_="note")
-    figure = el(
+    curves = el(
         "figure", el("h3", f"{metric_name(metric)} over training rows"), el("div", keys, class_="legend"), drawn
     )
-    return el("section", el("h2", "Learning curves"), figure, note, grid)
+    return el("section", el("h2", "Learning curves"), curves, note, grid)
 
 
 def _notes(results: Sequence[Result], notes: dict[str, Any]) -> Markup:
