@@ -139,13 +139,14 @@ def _train(args: argparse.Namespace) -> int:
         check_processes(config, args.processes)
         flags = [f"--{name}" for name in ("restart", "quiet") if getattr(args, name)]
         return launch([args.config, *(x for o in args.overrides for x in ("--set", o)), *flags], args.processes)
+    from regraft.engine.figures import figure
     from regraft.engine.training.run import train
 
     result = train(config, restart=args.restart, quiet=args.quiet)
     if int(os.environ.get("RANK", "0")):
         return 0
     for split, metrics in result.metrics.items():
-        print(f"{split:5} " + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        print(f"{split:5} " + "  ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
     if result.earlier:
         print("finished before, with the same configuration and rows; --restart trains anew")
     print(

@@ -178,7 +178,7 @@ with torch.inference_mode():
 
 def _use_with_head(data: ReportData) -> list[str]:
     """Of a model whose head is none of transformers'."""
-    texts = '[("the first text", "the second text")]' if _pairs(data) else '[("the text", None)]'
+    texts = '[("the first text", "the second text")]' if _pairs(data) else '["the text"]'
     shown = "answer.prediction.label, answer.prediction.scores"
     if data.task in ("tagging", "answering"):
         shown = "answer.prediction.spans"

@@ -16,6 +16,8 @@ from regraft.engine.config import changed_data
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import suited_to
 from regraft.engine.errors import DataError
+from regraft.engine.figures import figure
+from regraft.engine.live_input import as_they_come, is_live, reopened
 from regraft.engine.tasks.base import Prediction
 from regraft.engine.trained import Trained, load_trained, takes_pairs
 
@@ -33,16 +35,57 @@ class Answer:
     cut_tokens: int
 
 
-def predict(trained: Trained, texts: Iterable[tuple[str, Any]]) -> Iterator[Answer]:
-    """Answers in the order of `texts` (text, and the second text or what else the task takes beside it, or None), a
-    chunk of rows at a time.
+def predict(trained: Trained, texts: Iterable[str | tuple[str, Any]]) -> Iterator[Answer]:
+    """Answers in the order of `texts`: texts, or pairs of a text and its second text (or what else the task takes beside
+    it, or None).
 
-    A chunk's rows run by length, so padding in attention is small; memory does not grow with the number of texts.
+    Memory does not grow with the number of texts. Raises DataError naming the place in `texts` of what is neither.
     """
-    from regraft.engine.evaluation import run_all
+    yield from answers_of(trained, in_chunks(checked(texts, takes_pairs(trained) is not None)))
 
+
+def in_chunks(texts: Iterable[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
+    """The texts in lists of CHUNK_ROWS."""
     source = iter(texts)
     while chunk := list(islice(source, CHUNK_ROWS)):
+        yield chunk
+
+
+def checked(texts: Iterable[str | tuple[str, Any]], text_beside: bool = False) -> Iterator[tuple[str, Any]]:
+    """Each as a pair: a text alone has None beside it. `text_beside`: nothing but a text may stand there.
+
+    Raises DataError for all that is neither a text nor such a pair.
+    """
+    if isinstance(texts, str):
+        raise DataError(f"texts: expected several texts, found one: {texts[:60]!r}; put it in a list")
+    for number, item in enumerate(texts):
+        pair = (item, None) if isinstance(item, str) else item
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise DataError(
+                f"texts[{number}]: expected a text, or a pair of a text and a text or None, found {item!r:.60}"
+            )
+        text, beside = pair
+        if text_beside and not isinstance(beside, str | None):
+            raise DataError(f"texts[{number}]: expected a text or None as the second of the pair, found {beside!r:.60}")
+        for part in (text, beside) if isinstance(beside, str) else (text,):
+            if not part.isascii():
+                _refuse_halves(part, number)
+        yield text, beside
+
+
+def _refuse_halves(text: str, number: int) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x} at character {error.start}"
+        raise DataError(f"texts[{number}]: expected a text, found half of a character: {found}") from None
+
+
+def answers_of(trained: Trained, chunks: Iterable[list[tuple[str, Any]]]) -> Iterator[Answer]:
+    """Answers in order, a chunk of rows at a time. A chunk's rows run by length, so padding in attention is small."""
+    from regraft.engine.evaluation import run_all
+
+    for chunk in chunks:
         refuse_other_shape(trained, chunk)
         rows = rows_of(chunk)
         made = trained.task.examples(rows, trained.tokenizer, trained.max_length, labelled=False)
@@ -112,7 +155,7 @@ def evaluate_file(
     print(f", {store.truncated:,} cut to {trained.max_length} tokens" if store.truncated else "")
     widest = max(16, *map(len, found.metrics))
     for name, value in found.metrics.items():
-        print(f"  {name:{widest}} {value:.4f}")
+        print(f"  {name:{widest}} {figure(value)}")
     if details.get("per_class"):
         width = max(len(r["label"]) for r in details["per_class"])
         print(f"\n  {'label':{width}}  precision  recall      f1    rows")
@@ -163,16 +206,21 @@ def predict_command(
     trained = next(iter(chosen.values()))
     dropped: dict[str, int] = {}
     data = changed_data(suited_to(file, trained.data), list(overrides))
+    live = not texts and not file and is_live(sys.stdin.buffer)
     if texts:
-        source: Iterable[tuple[str, str | None]] = [(text, pair) for text in texts]
+        source: Iterable[tuple[str, Any]] = checked([(text, pair) for text in texts])
     else:
-        source = trained.task.inputs(file or sys.stdin.buffer, data, dropped)
+        stream = reopened(sys.stdin.buffer) if live else sys.stdin.buffer
+        source = trained.task.inputs(file or stream, data, dropped)
+    chunks = as_they_come(iter(source), CHUNK_ROWS, sys.stdout.flush) if live else in_chunks(source)
     if len(chosen) > 1:
-        _write_several(chosen, source, top_k, sys.stdout)
+        _write_several(chosen, chunks, top_k, sys.stdout)
     else:
+        spelled = trained.data.model_copy(update={"label_separator": data.label_separator})
+        trained = replace(trained, data=spelled)
         style = style or ("table" if sys.stdout.isatty() else "jsonl")
         write = {"table": _write_table, "jsonl": _write_jsonl, "csv": _write_csv}[style]
-        write(predict(trained, source), trained, top_k, sys.stdout)
+        write(answers_of(trained, chunks), trained, top_k, sys.stdout)
     for rule, count in dropped.items():
         print(f"{count:,} rows left out: {rule}", file=sys.stderr)
     return 0
@@ -211,11 +259,10 @@ def _record(a: Answer, trained: Trained, top_k: int | None) -> dict[str, Any]:
 
 
 def _write_several(
-    chosen: dict[str, Trained], texts: Iterable[tuple[str, Any]], top_k: int | None, out: IO[str]
+    chosen: dict[str, Trained], chunks: Iterable[list[tuple[str, Any]]], top_k: int | None, out: IO[str]
 ) -> None:
-    source = iter(texts)
-    while chunk := list(islice(source, CHUNK_ROWS)):
-        each = [predict(trained, chunk) for trained in chosen.values()]
+    for chunk in chunks:
+        each = [answers_of(trained, [chunk]) for trained in chosen.values()]
         for answers in zip(*each, strict=True):
             for (name, trained), a in zip(chosen.items(), answers, strict=True):
                 out.write(json.dumps({"adapter": name} | _record(a, trained, top_k), ensure_ascii=False) + "\n")
@@ -230,6 +277,12 @@ def _rounded(value: Any) -> Any:
 
 
 def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, out: IO[str]) -> None:
+    separator = trained.data.label_separator
+    if trained.task.kind() == "multilabel" and (taken := [n for n in trained.task.labels if separator in n]):
+        raise DataError(
+            f"--format csv: the label {taken[0]!r} contains {separator!r}, which stands between labels; choose another "
+            "with --set 'data.label_separator=;', or --format jsonl"
+        )
     writer = csv.writer(out, lineterminator="\n")
     source = iter(answers)
     first = next(source, None)
@@ -243,8 +296,8 @@ def _write_csv(answers: Iterable[Answer], trained: Trained, top_k: int | None, o
         scores = [f"{a.prediction.scores[name]:.6f}" for name in names]
         for name, p in a.prediction.top(top_k).items() if ranks else ():
             scores += [name, f"{p:.6f}"]
-        shown = trained.task.shown(a.prediction)
-        writer.writerow([a.text, _second_text(a, trained), shown, *scores, a.cut_tokens])
+        label = trained.task.cell(a.prediction, separator)
+        writer.writerow([a.text, _second_text(a, trained), label, *scores, a.cut_tokens])
 
 
 def _second_text(a: Answer, trained: Trained) -> str:

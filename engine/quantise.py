@@ -1,7 +1,8 @@
 """Int8 weights with dynamically quantised activations, kept for the layers that bear it.
 
 ONNX Runtime's dynamic quantisation (one scale a column of a weight, one a tensor of an activation). It can collapse a
-model's accuracy, so every candidate is measured on the task's own metric before it is taken.
+model's accuracy, and a text's answer depends a little on what else is in its batch: every candidate is measured on the
+task's own metric, in batches and one row at a time, before it is taken.
 """
 
 from __future__ import annotations

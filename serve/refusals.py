@@ -9,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from regraft.engine.data.source import GZIP_MAGIC
 from regraft.engine.errors import nearest
 from regraft.serve.schemas import Pair, PredictRequest, field_path
 from regraft.serve.tickets import NotReady, Overloaded, TooLarge
@@ -42,12 +43,27 @@ def add_error_answers(app: FastAPI) -> None:
         return Response(status_code=499)
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
+            return error_answer(422, "invalid_request", _unreadable(error.__cause__, request))
         return error_answer(error.status_code, "http_error", str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> Response:
         return error_answer(500, "internal_error", f"{type(error).__name__}; see the server's log")
+
+
+def _unreadable(cause: ValueError | RecursionError, request: Request) -> str:
+    """What is wrong with a body that is not JSON in UTF-8: FastAPI says no more than that it could not be parsed."""
+    expected = 'expected JSON in UTF-8, such as {"inputs": "a text"}'
+    packed = request.headers.get("content-encoding", "identity")
+    if isinstance(cause, RecursionError):
+        return f"the body is nested too deeply; {expected}"
+    if not isinstance(cause, UnicodeDecodeError):
+        return f"the body cannot be read: {cause}; {expected}"
+    if packed != "identity" or cause.object.startswith(GZIP_MAGIC):
+        return f"the body is compressed ({'gzip' if packed == 'identity' else packed}); {expected}, not compressed"
+    return f"the body has byte 0x{cause.object[cause.start]:02x} at position {cause.start + 1}; {expected}"
 
 
 def _first_complaint(error: RequestValidationError) -> tuple[str, str | None]:

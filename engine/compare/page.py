@@ -11,6 +11,7 @@ from typing import Any
 
 from regraft.engine.compare.results import Result, advice, ranked
 from regraft.engine.compare.spread import spread_chart
+from regraft.engine.figures import figure
 from regraft.engine.files import write_text
 from regraft.engine.report.formats import count, duration, metric_name
 from regraft.engine.report.lines import Line, line_chart
@@ -28,8 +29,8 @@ def cells(result: Result, metric: str) -> list[str]:
         return ["–"] * len(HEAD)
     spread = result.spread(metric)
     return [
-        f"{result.mean(metric):.4f}",
-        "–" if math.isnan(spread) else f"{spread:.4f}",
+        figure(result.mean(metric)),
+        "–" if math.isnan(spread) else figure(spread),
         str(len(result.values(metric))),
         f"{result.median('train_seconds'):.1f}",
         f"{result.median('latency_ms'):.1f}",
@@ -95,16 +96,16 @@ def _curves(results: Sequence[Result], metric: str, greater_is_better: bool) -> 
     drawn = line_chart(lines, title=f"{metric} over rows", until=max(x for c in lines for x, _ in c.points), floor=None)
     keys = [el("span", el("i", class_=c.style), c.name) for c in lines[:DRAWN]]
     rows = [
-        [r.title, *(f"{count(p['rows'])}: {p['metrics'][metric]:.4f}" for p in r.points if p["seed"] == 0)]
+        [r.title, *(f"{count(p['rows'])}: {figure(p['metrics'][metric])}" for p in r.points if p["seed"] == 0)]
         for r in several
     ]
     widest = max(len(r) for r in rows)
     grid = table(words("Way") + numbers(*[""] * (widest - 1)), [[*r, *[""] * (widest - len(r))] for r in rows])
     note = el("p", "Across: rows, as powers of ten. Below, rows: figure, of the first seed.", class_="note")
-    figure = el(
+    curves = el(
         "figure", el("h3", f"{metric_name(metric)} over training rows"), el("div", keys, class_="legend"), drawn
     )
-    return el("section", el("h2", "Learning curves"), figure, note, grid)
+    return el("section", el("h2", "Learning curves"), curves, note, grid)
 
 
 def _notes(results: Sequence[Result], notes: dict[str, Any]) -> Markup:

@@ -18,6 +18,7 @@ from typing import Any
 from regraft.engine.compare.results import Result
 from regraft.engine.compare.ways import Way, available
 from regraft.engine.config import RunConfig
+from regraft.engine.figures import figure
 
 SHARES = (0.01, 0.05, 0.25, 1.0)
 GRACE = 5.0  # seconds a worker may be late before it is stopped
@@ -144,7 +145,7 @@ def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
         result.points.append(record)
         named = next(iter(record["metrics"].items()))
         say(
-            f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {named[1]:.4f}, "
+            f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {figure(named[1])}, "
             f"trained in {record['train_seconds']:.1f} s"
         )
     elif "error" in record:

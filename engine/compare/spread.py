@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from regraft.engine.compare.results import Result
+from regraft.engine.figures import figure
 from regraft.engine.report.markup import Markup
 from regraft.engine.report.scale import Scale, ticks
 from regraft.engine.report.svg import circle, label, line, rect, svg
@@ -36,6 +37,6 @@ def spread_chart(results: Sequence[Result], metric: str) -> Markup | None:
             drawn.append(line(x(mean - spread), y, x(mean + spread), y, "line c1"))
         drawn += [circle(x(value), y, 2, "dot faint") for value in result.values(metric)]
         drawn.append(circle(x(mean), y, 4, "dot c1"))
-        told = f"{result.title}: {mean:.4f}" + ("" if math.isnan(spread) else f" ± {spread:.4f}")
+        told = f"{result.title}: {figure(mean)}" + ("" if math.isnan(spread) else f" ± {figure(spread)}")
         drawn.append(rect(left, y - ROW / 2, x.end - left, ROW, "hover", told))
     return svg(WIDTH, bottom + 24, f"{metric} of every way, with its spread", drawn)

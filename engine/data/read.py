@@ -97,7 +97,8 @@ def iter_texts(
     """
     counted = {} if dropped is None else dropped
     if not isinstance(source, str | Path):
-        yield from stream_rows(stream_lines(source, data.encoding), data, counted, task_type)
+        lines = text_lines(source, data.encoding, one_text=data.columns.text_pair is None)
+        yield from stream_rows(lines, data, counted, task_type)
         return
     with _open(source, data, split="test", need_labels=False, plain_text=True) as table:
         yield from fill_or_drop(table.cells, str(source), data, task_type=task_type, need_labels=False, dropped=counted)
@@ -119,14 +120,29 @@ def stream_lines(stream: IO[bytes] | IO[str], encoding: str) -> Iterator[tuple[i
         yield number, line.rstrip("\r\n")
 
 
+def text_lines(stream: IO[bytes] | IO[str], encoding: str, *, one_text: bool) -> Iterator[tuple[int, str]]:
+    """`stream_lines`, less the blank ones that are no text: among JSON objects, as in a jsonl file; and everywhere unless
+    a line is `one_text`."""
+    passed_over = not one_text
+    for number, line in stream_lines(stream, encoding):
+        if line and not line.isspace():
+            passed_over = not one_text or line.startswith("{")
+        elif passed_over:
+            continue
+        yield number, line
+
+
+def with_blank_texts(data: DataConfig) -> DataConfig:
+    """`data` for lines of plain text that are to be answered: what is refused among rows to learn from is an empty text
+    here, unless `data.empty` leaves it out."""
+    return data.model_copy(update={"empty": "keep"}) if data.empty == "error" else data
+
+
 def stream_items(
     lines: Iterable[tuple[int, str]], take: Callable[[dict[str, Any]], tuple[str, Any]]
 ) -> Iterator[tuple[str, Any]]:
-    """What a task's `take` makes of lines that are not blank: JSON objects, or plain texts. Raises DataError with the
-    line."""
+    """What a task's `take` makes of lines: JSON objects, or plain texts. Raises DataError with the line."""
     for number, line in lines:
-        if not line.strip():
-            continue
         item = parse_json_line(line, STDIN, number) if line.startswith("{") else {"text": line}
         refuse_halves(line, item, at(STDIN, number))
         try:

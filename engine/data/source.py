@@ -56,6 +56,12 @@ def suited_to(path: str | Path | None, data: DataConfig) -> DataConfig:
     return data.model_copy(update={"format": "auto"})
 
 
+def is_plain_text(path: str | Path, data: DataConfig) -> bool:
+    """Whether a file whose texts are to be answered has one text a line."""
+    name = Path(str(path).lower().removesuffix(".gz"))
+    return data.format == "text" or (data.format == "auto" and name.suffix == ".txt")
+
+
 def find_source(path: str | Path, data: DataConfig, *, plain_text: bool = False) -> Source:
     """The file at `path`. With `plain_text`, a .txt file counts as one text a line.
 

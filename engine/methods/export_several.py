@@ -23,6 +23,7 @@ from regraft.engine.export import (
     open_graph,
     quality_of,
 )
+from regraft.engine.figures import figure
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.graphs import write_graph
@@ -164,9 +165,7 @@ def _report(to: Path, info: BundleInfo) -> str:
     ]
     for name, q in info.quality.items():
         if q:
-            shown = (
-                f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {q['model']:.4f}, graph {q['graph']:.4f}"
-            )
+            shown = f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {figure(q['model'])}, graph {figure(q['graph'])}"
             lines.append(f"  {name}: {shown}")
         else:
             lines.append(f"  {name}: its held-out rows are gone, so the metric was not compared")

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regraft.engine.data.read import stream_items, stream_lines
+from regraft.engine.data.read import stream_items, text_lines
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.tokens import TokenStore
 from regraft.engine.errors import DataError, nearest
 from regraft.engine.examples import Examples
 
 if TYPE_CHECKING:
+    from regraft.engine.config import DataConfig
     from regraft.engine.data.fast_tokenizer import FastTokenizer
     from regraft.engine.tasks.several import Several
 
@@ -82,9 +83,22 @@ def _taken(several: Several, name: str, item: Mapping[str, Any]) -> tuple[str, A
     return text, beside
 
 
-def lines(several: Several, source: Any, encoding: str) -> Iterator[tuple[str, Any]]:
+def lines(several: Several, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
     """What every line of a stream asks: a text, or an object as in a request. Raises DataError with the line."""
-    return stream_items(stream_lines(source, encoding), several.take)
+    try:
+        several.take({"text": ""})
+        one_text = True
+    except ValueError:  # none of the tasks reads a text alone
+        one_text = False
+
+    def kept() -> Iterator[tuple[int, str]]:
+        for number, line in text_lines(source, data.encoding, one_text=one_text):
+            if data.empty == "drop" and not line.strip():
+                dropped["empty"] = dropped.get("empty", 0) + 1
+            else:
+                yield number, line
+
+    return stream_items(kept(), several.take)
 
 
 def examples_of(several: Several, rows: Rows, tokenizer: FastTokenizer, max_length: int) -> AskedExamples:

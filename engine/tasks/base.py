@@ -11,6 +11,7 @@ import numpy as np
 
 from regraft.engine.data.rows import Rows
 from regraft.engine.examples import Examples
+from regraft.engine.figures import figure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,8 +167,11 @@ class Task(ABC):
     @classmethod
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
         """Texts to be answered, of a file or an open stream, one by one, each with what stands beside it."""
-        from regraft.engine.data.read import iter_texts
+        from regraft.engine.data.read import iter_texts, with_blank_texts
+        from regraft.engine.data.source import is_plain_text
 
+        plain = is_plain_text(source, data) if isinstance(source, str) else data.columns.text_pair is None
+        data = with_blank_texts(data) if plain else data
         return ((row.text, row.pair) for row in iter_texts(source, data, dropped=dropped))
 
     @classmethod
@@ -263,7 +267,12 @@ class Task(ABC):
         label = prediction.label
         if isinstance(label, tuple):
             return ", ".join(label) or "(none)"
-        return f"{label:.4f}" if isinstance(label, float) else label
+        return figure(label) if isinstance(label, float) else label
+
+    def cell(self, prediction: Prediction, separator: str) -> str:
+        """What a prediction says in a cell of csv, from which nothing is lost. `separator`: between labels."""
+        label = prediction.label
+        return separator.join(label) if isinstance(label, tuple) else str(label)
 
     def example_answer(self) -> dict[str, Any]:
         """What an answer looks like, for the server's documentation."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regraft.engine.data.cells import parse_json_line, refuse_halves
-from regraft.engine.data.read import stream_items, stream_lines
+from regraft.engine.data.read import stream_items, text_lines
 from regraft.engine.data.rows import Rows
 from regraft.engine.data.source import find_source, open_lines
 from regraft.engine.data.tokens import encode_counted
@@ -50,7 +50,7 @@ class Choice(Task):
         columns = data.columns
         names = {"text": str(columns.text), "choices": str(columns.text_pair or "choices")}
         return stream_items(
-            stream_lines(source, data.encoding),
+            text_lines(source, data.encoding, one_text=False),
             lambda item: cls.take({k: item.get(n, item.get(k)) for k, n in names.items()}),
         )
 

@@ -142,7 +142,7 @@ class Several(Task):
             raise DataError(
                 f"{source}: its columns are those of one task; name it with --task: {', '.join(self.tasks)}"
             )
-        return lines(self, source, data.encoding)
+        return lines(self, source, data, dropped)
 
     def examples(
         self,

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regraft.engine.data.cells import parse_json_line
-from regraft.engine.data.read import STDIN, stream_items, stream_lines, stream_rows
+from regraft.engine.data.read import STDIN, stream_items, stream_rows, text_lines, with_blank_texts
 from regraft.engine.data.rows import Rows
+from regraft.engine.data.source import is_plain_text
 from regraft.engine.data.spans import COLUMNS, CharSpans, read_spans
 from regraft.engine.errors import ConfigError, DataError, nearest
 from regraft.engine.examples import Examples
@@ -81,11 +82,11 @@ class Tagging(Task):
 
     @classmethod
     def inputs(cls, source: Any, data: DataConfig, dropped: dict[str, int]) -> Iterator[tuple[str, Any]]:
-        kept = data.model_copy(update={"empty": "keep"})
         if not isinstance(source, str):
-            return cls._of_lines(stream_lines(source, data.encoding), kept, dropped)
-        if data.format == "auto" and source.lower().removesuffix(".gz").endswith(".txt"):
-            return super().inputs(source, kept, dropped)
+            lines = text_lines(source, data.encoding, one_text=True)
+            return cls._of_lines(lines, with_blank_texts(data), dropped)
+        if is_plain_text(source, data):
+            return super().inputs(source, data, dropped)
         rows = cls.read(source, data, split="predict", need_labels=False)
         dropped.update(rows.dropped)
         return iter([(rows.texts[i], rows.pairs[i] if rows.pairs else None) for i in range(len(rows))])
@@ -409,6 +410,9 @@ class Tagging(Task):
 
     def shown(self, prediction: Prediction) -> str:
         return "  ".join(f"{s.text}/{s.label}" for s in prediction.spans) or "(none)"
+
+    def cell(self, prediction: Prediction, separator: str) -> str:
+        return self.shown(prediction) if prediction.spans else ""
 
     def example_answer(self) -> dict[str, Any]:
         return {"spans": [{"start": 0, "end": 5, "label": self.kinds[0], "text": "Paris", "score": 0.98}]}

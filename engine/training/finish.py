@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from regraft.engine.evaluation import Evaluation, evaluate, in_short
 from regraft.engine.examples import Examples
+from regraft.engine.figures import figure
 from regraft.engine.files import write_text
 from regraft.engine.machine import describe
 from regraft.engine.tasks import Task
@@ -48,7 +49,7 @@ def finish_run(run: _Run) -> dict[str, dict[str, float]]:
         + "\n",
     )
     for name, values in metrics.items():
-        figures = "  ".join(f"{k} {v:.4f}" for k, v in in_short(values, task).items())
+        figures = "  ".join(f"{k} {figure(v)}" for k, v in in_short(values, task).items())
         run.say(f"best (step {run.state.best_step})  {name} {figures}")
     write_pages(run, found)
     return metrics

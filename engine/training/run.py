@@ -15,6 +15,7 @@ import yaml
 
 from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import MemoryShortError, NotFiniteError, RegraftError, TrainingError
+from regraft.engine.figures import figure
 from regraft.engine.files import remove_leftovers, write_text
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
@@ -409,7 +410,7 @@ class _Run:
         if info.step == 0 and self.history:
             self.history.add({"kind": "start", "seconds_to_first_step": round(seconds_since_process_start(), 3)})
         rate = sum(i.tokens for i in self.window) / max(1e-9, sum(i.seconds for i in self.window))
-        self.bar.advance(1, loss=f"{info.loss:.4f}", tokens_per_second=f"{rate:,.0f}")
+        self.bar.advance(1, loss=figure(info.loss), tokens_per_second=f"{rate:,.0f}")
         if (info.step + 1) % LOG_EVERY and self.state.step != self.plan.total_steps:
             return
         if self.history:
@@ -461,7 +462,7 @@ class _Run:
                 {"kind": "eval", "split": "dev", "step": state.step, "epoch": epoch, "metrics": found.metrics}
                 | {"seconds": round(found.seconds, 3), "best": improved}
             )
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in in_short(found.metrics, task).items())
+        figures = "  ".join(f"{name} {figure(value)}" for name, value in in_short(found.metrics, task).items())
         self.bar.say(f"step {state.step}  dev {figures}{'  (best so far)' if improved else ''}")
         write_checkpoint(self)
 

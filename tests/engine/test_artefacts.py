@@ -94,6 +94,23 @@ def test_int8_is_measured_and_refused_when_it_costs_too_much(trained_run, tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_int8_is_gated_on_rows_alone_too_and_says_why(trained_run, tmp_path, monkeypatch):
+    told = export_bundle(trained_run, tmp_path / "b", int8=True, max_loss=3.0)
+    alone = read_info(tmp_path / "b").quality["alone"]
+    assert alone["rows"] == 60 and alone["loss_points"] <= 3.0 and "one row at a time, 60 rows" in told
+    assert "what else is in its batch" in (tmp_path / "b" / "README.md").read_text()
+
+    def bad_alone(session, info):
+        run = graph_runner(session, info)
+        return lambda ids, types, marks: [x * (-1 if len(ids) == 1 else 1) for x in run(ids, types, marks)]
+
+    monkeypatch.setattr("regraft.engine.export.check_parity", lambda run, expected: {})
+    monkeypatch.setattr("regraft.engine.export.graph_runner", bad_alone)
+    with pytest.raises(ExportError, match=r"int8 costs more than 3\.0 points.*one row at a time"):
+        export_bundle(trained_run, tmp_path / "c", int8=True, max_loss=3.0)
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_product_that_is_to_stay_in_fp32_does_whatever_its_kind(trained_run, tmp_path):
     export_bundle(trained_run, tmp_path / "b")
     graph, target = tmp_path / "b" / "model.onnx", tmp_path / "int8.onnx"

@@ -432,6 +432,9 @@ def test_on_the_command_line_a_task_is_named(learned, mixed, capsys, monkeypatch
     found = said("predict", learned.folder, "--format", "jsonl")
     assert [sorted(record["tasks"]) for record in found] == [["mood", "things"], ["alike"], ["things"], ["mood"]]
     assert found[1]["text_pair"] == "bad plot" and found[2]["words"] == ["good", "film"]
+    for options, texts in ([], ["film", ""]), (["--set", "data.empty=drop"], ["film"]):
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"film\n\n")))
+        assert [record["text"] for record in said("predict", learned.folder, "--format", "jsonl", *options)] == texts
     for line, message in (
         (b"film \xff", "<stdin>:2: byte 0xff at position 6 of the line is not utf-8"),
         (b'{"txt": "film"}', "<stdin>:2: "),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 from typing import Any
 
 import httpx
@@ -108,6 +109,26 @@ def test_a_body_that_is_not_json_is_told_where_it_breaks() -> None:
     answer = over_http(talk)
     assert answer.status_code == 422
     assert "character 11" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "told"),
+    [
+        (b'{"inputs": "caf\xe9"}', {}, "the body has byte 0xe9 at position 16; expected JSON in UTF-8"),
+        (gzip.compress(b'{"inputs": "good"}'), {}, "the body is compressed (gzip); expected JSON in UTF-8"),
+        (b"\x8b\x02\xff", {"content-encoding": "br"}, "the body is compressed (br); expected JSON in UTF-8"),
+        (b'{"inputs": ' + b"[" * 200_000, {}, "the body is nested too deeply; expected JSON in UTF-8"),
+        (b'{"inputs": ' + b"1" * 9_000 + b"}", {}, "the body cannot be read: Exceeds the limit"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_with_what_was_expected(content: bytes, headers: Any, told: str) -> None:
+    async def talk(client: httpx.AsyncClient) -> httpx.Response:
+        return await client.post("/predict", content=content, headers={"content-type": "application/json", **headers})
+
+    answer = over_http(talk)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["code"] == "invalid_request" and error["message"].startswith(told)
 
 
 @pytest.mark.parametrize("declared", [True, False])
