@@ -26,7 +26,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names that contain this; writes nothing without --out")
     parser.add_argument("--one-each", action="store_true", help="one configuration of every kernel; needs --out")
     parser.add_argument("--ones", action="store_true", help="only see that each integer argument can be 1")
+    parser.add_argument("--fingerprint", action="store_true", help="only print the hash of what would be compiled")
     options = parser.parse_args()
+    if options.fingerprint:
+        print(fingerprint(all_shipped()))
+        return
     cases = [case for case in all_shipped() if options.only in case.name]
     cases = one_each(cases) if options.one_each else cases
     if options.ones:

@@ -40,6 +40,8 @@ def blocks_for(head_size: int, longest: int, itemsize: int, part: str, target: i
         # no tensor cores: a thread sums whole products in registers, which larger blocks would spill
         if part == "keys" and target < 90:
             return Blocks(16, 16, 4, 2)
+        if part == "queries" and head_size > 64:
+            return Blocks(16, 16, 8, 2)
         return Blocks(16, 32, 8, 2) if head_size > 64 or part == "keys" else Blocks(32, 32, 4, 2)
     if longest <= 32:
         return Blocks(32, 32, 4, 2)
