@@ -44,7 +44,8 @@ def draw_kernels(result: dict[str, Any], picture: Path, plt: Any) -> None:
         axis.spines[side].set_visible(False)
     axis.tick_params(length=0)
     axis.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
-    axis.legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=len(marks) or 1, frameon=False, fontsize=8.5)
+    if marks:
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.6 / height), ncols=len(marks), frameon=False, fontsize=8.5)
     title = "Time of others beside Regraft's kernel (the line: right of it they are slower); its own time, share of the ceiling"
     figure.suptitle(title, x=0.02, ha="left", fontsize=10, fontweight="bold", color=INK)
     on = result["machine"].get("gpu") or result["machine"]["cpu"]

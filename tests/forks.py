@@ -22,8 +22,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# Read by the program or by pytest as it runs. Any other variable may have been read while something was imported.
-READ_LATE = ("REGRAFT_", "PYTEST_", "COLUMNS")
+# Read by the program or by pytest as it runs, or put to use below. Any other variable may have been read while something
+# was imported.
+READ_LATE = ("REGRAFT_", "PYTEST_", "COLUMNS", "PYTHONPATH")
 
 IMPORTED = (
     "accelerate",
@@ -130,6 +131,8 @@ def become(request: dict[str, Any]) -> None:
     """Take the caller's environment, folder and standard streams."""
     os.environ.clear()
     os.environ.update(request["environment"])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path not in sys.path]
+    sys.path[:0] = paths
     os.chdir(request["cwd"])
     folder = Path(request["folder"])
     for number, path, flags in (

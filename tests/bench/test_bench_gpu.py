@@ -31,7 +31,7 @@ def test_every_kernel_is_measured_forward_and_backward_beside_eager(tmp_path):
     names = {row["name"] for row in result["rows"]}
     assert {"attention", "NF4 dequantisation", "NF4 linear", "LoRA linear", "CRF"} <= names
     for name in names:
-        directions = ("forward",) if name == "NF4 dequantisation" else ("forward", "backward")
+        directions = ("forward",) if name in ("NF4 dequantisation", "Viterbi") else ("forward", "backward")
         assert {(name, d, who) for d in directions for who in ("regraft", "eager")} <= found
     assert all(row["milliseconds"] > 0 and row["rate"] > 0 for row in result["rows"])
     assert all("compile" in line for line in result["not measured"])
@@ -103,7 +103,7 @@ def test_whose_attention_is_faster_is_the_sum_of_both_directions_and_known_for_b
         "row = lambda shape, who, ms: Row('attention', shape, 'forward', who, ms, ms, ms, 1.0, 'FLOPs', 0.5)\n"
         "rows = [row('a', 'regraft', 1.0), row('a', 'regraft', 2.0), row('a', 'aten', 0.5), row('a', 'aten', 2.6)]\n"
         "rows += [row('b', 'regraft', 1.0), row('b', 'aten', 0.9), row('c', 'regraft', 1.0)]\n"
-        "about = {'a': dict(size=64, length=512, p=0.1), 'b': dict(size=32, length=64, p=0.0), 'c': {}}\n"
+        "about = {'a': dict(size=64, longest=512, dropout=True), 'b': dict(size=32, longest=64), 'c': {}}\n"
         "print(entries(rows, about))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
