@@ -32,7 +32,8 @@ def packed(*lengths: int) -> torch.Tensor:
 @each_dtype
 @each_kind
 @pytest.mark.parametrize(
-    "lengths, width, normalise", [((1, 97, 0, 33), 384, False), ((65,), 1000, True), ((2, 1025), 64, False), ((3, 7), 768, False)]
+    "lengths, width, normalise",
+    [((1, 97, 0, 33), 384, False), ((65,), 1000, True), ((2, 1025), 64, False), ((3, 7), 768, False)],
 )
 def test_it_is_as_near_to_fp64_as_plain_torch(form, dtype, kind, lengths, width, normalise):
     cu = packed(*lengths)
