@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-INK, SOFT, GRID, MAIN = "#1f2937", "#6b7280", "#e5e7eb", "#0f766e"
+from plot_ways import GRID, INK, MAIN, SOFT
+
 OTHERS = (("#9ca3af", "o"), ("#b45309", "s"), ("#4338ca", "D"), ("#be185d", "^"), ("#0284c7", "v"))
 
 
@@ -23,23 +24,21 @@ def draw_kernels(result: dict[str, Any], picture: Path, plt: Any) -> None:
     axis.axvline(1.0, color=MAIN, linewidth=1.6, zorder=1)
     named: set[str] = set()
     for place, by_who in enumerate(beside.values()):
-        own = by_who["regraft"]["milliseconds"]
+        ours = by_who["regraft"]
+        text = f"{ours['milliseconds']:.3g} ms, {ours['share']:.0%}"
+        axis.text(1.01, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7.5, color=INK)
         for who, row in by_who.items():
             if who != "regraft":
                 colour, mark = marks[kind(who)]
                 label = None if kind(who) in named else kind(who)
                 named.add(kind(who))
-                times = row["milliseconds"] / own
+                times = row["milliseconds"] / ours["milliseconds"]
                 axis.scatter([times], [place], s=26, color=colour, marker=mark, zorder=3, label=label)
     told = [f"{name}, {shape}, {direction}" for name, shape, direction in beside]
     axis.set_yticks(range(len(beside)), told, fontsize=7.5)
     axis.set_ylim(len(beside) - 0.5, -0.7)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    for place, by_who in enumerate(beside.values()):
-        row = by_who["regraft"]
-        text = f"{row['milliseconds']:.3g} ms, {row['share']:.0%}"
-        axis.text(1.01, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7.5, color=INK)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.tick_params(length=0)

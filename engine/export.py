@@ -398,10 +398,7 @@ def _report(to: Path, info: BundleInfo) -> str:
         figures = "" if info.quality else "; each one's figures are in its run"
         lines.append(f"heads: {', '.join(info.task['tasks'])}; the encoder runs once{figures}")
     if info.quality:
-        q = info.quality
-        lines.append(
-            f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {figure(q['model'])}, graph {figure(q['graph'])}"
-        )
+        lines.append(quality_line(info.quality))
     elif not several:
         lines.append("the run's held-out rows are gone, so the metric was not compared; name some with --data FILE")
     if "quantised" in info.quality:
@@ -411,6 +408,11 @@ def _report(to: Path, info: BundleInfo) -> str:
             f"{figure(alone['model'])}, graph {figure(alone['graph'])}"
         )
     return "\n".join(lines)
+
+
+def quality_line(q: Mapping[str, Any]) -> str:
+    """What `quality_of` found, as a line."""
+    return f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {figure(q['model'])}, graph {figure(q['graph'])}"
 
 
 def _readme(info: BundleInfo) -> str:

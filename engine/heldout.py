@@ -37,7 +37,7 @@ def read_otherwise(
     if overrides and trained.task.type == "several":
         raise ConfigError(f"--set {overrides[0]}: each task has rows of its own; name one with --task")
     data = changed_data(trained.data, list(overrides))
-    if overrides and file is None and _are_carved(data, split):
+    if overrides and file is None and _are_carved(data, _split_of(data, split)):
         raise ConfigError(
             f"--set {overrides[0]}: the rows are those that training held out of {trained.data.train}, and read otherwise "
             "they would be others; name a file of rows, or --set data.dev=FILE"
@@ -45,8 +45,12 @@ def read_otherwise(
     return replace(trained, data=data)
 
 
-def _are_carved(data: DataConfig, split: str | None) -> bool:
-    return (split or ("test" if data.test else "dev")) == "dev" and data.dev is None
+def _split_of(data: DataConfig, split: str | None) -> str:
+    return split or ("test" if data.test else "dev")
+
+
+def _are_carved(data: DataConfig, split: str) -> bool:
+    return split == "dev" and data.dev is None
 
 
 def heldout_rows(trained: Trained, file: str | None, *, split: str | None = None) -> Rows:
@@ -57,11 +61,12 @@ def heldout_rows(trained: Trained, file: str | None, *, split: str | None = None
     data, task = trained.task.like_training(trained.data), type(trained.task)
     if file is not None:
         return task.read(file, suited_to(file, data), split="test")
+    split = _split_of(data, split)
     if _are_carved(data, split):
         _refuse_other_rows(trained, data.train)
         train = read_split(task, data, "train")
         return split_dev(train, data.dev_fraction, trained.facts["seed"], task.kind())[1]
-    return read_split(task, data, split or ("test" if data.test else "dev"))
+    return read_split(task, data, split)
 
 
 def _refuse_other_rows(trained: Trained, train: str) -> None:

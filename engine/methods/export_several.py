@@ -21,9 +21,9 @@ from regraft.engine.export import (
     grid_logits,
     may_write,
     open_graph,
+    quality_line,
     quality_of,
 )
-from regraft.engine.figures import figure
 from regraft.engine.files import new_folder
 from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.graphs import write_graph
@@ -165,8 +165,7 @@ def _report(to: Path, info: BundleInfo) -> str:
     ]
     for name, q in info.quality.items():
         if q:
-            shown = f"{q['metric']} on {q['rows']:,} rows of {q['data']}: model {figure(q['model'])}, graph {figure(q['graph'])}"
-            lines.append(f"  {name}: {shown}")
+            lines.append(f"  {name}: {quality_line(q)}")
         else:
             lines.append(f"  {name}: its held-out rows are gone, so the metric was not compared")
     return "\n".join(lines)

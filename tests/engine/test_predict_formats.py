@@ -247,28 +247,28 @@ class Feeder:
         return False
 
 
-@pytest.mark.parametrize("style", ["jsonl", "csv", "table"])
-def test_a_pipe_is_answered_as_it_comes(run_of, monkeypatch, style):
-    folder = run_of("classification")
-    fed = Feeder("good film\n", "bad film\n\n")
+def predict_from(fed: Feeder, folder: Path, style: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `regraft predict` between both ends of a pipe."""
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdin", fed)
         patched.setattr(sys, "stdout", fed)
         code = main(["predict", str(folder), "--format", style])
     fed.thread.join()
+    return code
+
+
+@pytest.mark.parametrize("style", ["jsonl", "csv", "table"])
+def test_a_pipe_is_answered_as_it_comes(run_of, monkeypatch, style):
+    fed = Feeder("good film\n", "bad film\n\n")
+    code = predict_from(fed, run_of("classification"), style, monkeypatch)
     assert code == 0 and fed.in_time
     answers = fed.written.splitlines()[style == "csv" :]
     assert len(answers) == 3 and "good film" in answers[0] and "bad film" in answers[1]
 
 
 def test_what_came_before_a_fault_in_a_pipe_is_answered(run_of, monkeypatch, capsys):
-    folder = run_of("classification")
     fed = Feeder("good film\n", "{broken\n")
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdin", fed)
-        patched.setattr(sys, "stdout", fed)
-        code = main(["predict", str(folder), "--format", "jsonl"])
-    fed.thread.join()
+    code = predict_from(fed, run_of("classification"), "jsonl", monkeypatch)
     assert code == 2 and len(fed.written.splitlines()) == 1 and fed.in_time
     assert "<stdin>:2: not valid JSON" in capsys.readouterr().err
 
