@@ -140,7 +140,7 @@ def write_jsonl(rows: Iterable[Row], name: str) -> Path:
     """Rows under bench/.data/, written whole; the same rows give the same file."""
     path = WORK / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
+    beside = path.with_suffix(f".{os.getpid()}.tmp")  # of two commands at once, each writes its own
     with beside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     beside.replace(path)

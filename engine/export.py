@@ -25,6 +25,7 @@ from regraft.engine.machine import versions
 from regraft.engine.methods.settings import libraries
 from regraft.engine.methods.virtual import Prompt
 from regraft.engine.tasks.base import MARKED
+from regraft.engine.tasks.several import Several
 from regraft.engine.threads import available_threads
 from regraft.engine.trained import Trained, load_trained, takes_pairs
 
@@ -87,12 +88,10 @@ def export_bundle(
         raise ExportError(f"{model}: cannot be exported packed: {running.reason}. Use --layout padded")
     if layout == "padded" and running.places_before:
         raise ExportError(f"{model}: method: prefix is exported packed only; leave --layout padded out")
-    frozen_heads = trained.task.type == "several" and "tasks" not in trained.facts
-    comparison = None if frozen_heads else compare_rows(trained, data_file)
-    if int8 and comparison is None:
-        raise ExportError(
-            "int8 is gated on the task's metric and there are no held-out rows: name some with --data FILE"
-        )
+    _refuse_one_file_for_several(trained, data_file)
+    comparison = compare_rows(trained, data_file)
+    if int8:
+        _check_gate(trained, comparison)
     expected = grid_logits(trained)
     info = BundleInfo(
         layout=layout,
@@ -210,6 +209,30 @@ def check_parity(run: Run, expected: list[tuple[list[np.ndarray], np.ndarray]]) 
             f"the graph's logits differ from the model's by {worst:.1e} (allowed {PARITY_TOLERANCE:.0e}), worst for {where}; nothing was written"
         )
     return {"largest_error": worst, "tolerance": PARITY_TOLERANCE, "batches": len(expected)}
+
+
+def _refuse_one_file_for_several(trained: Trained, data_file: str | None) -> None:
+    if data_file is not None and isinstance(trained.task, Several):
+        raise ExportError(
+            f"--data {data_file}: its rows are of one task and this model has {', '.join(trained.task.tasks)}; leave it out: each "
+            "is compared on the rows that its own run held out"
+        )
+
+
+def _check_gate(trained: Trained, comparison: Comparison | None) -> None:
+    """Raise ExportError where there is no figure that int8 could be gated on."""
+    if isinstance(trained.task, Several):
+        smaller = [f"{name}'s {t.metric}" for name, t in trained.task.tasks.items() if not t.greater_is_better]
+        if smaller:
+            raise ExportError(
+                f"int8 is gated on the mean of the tasks' metrics, and {', '.join(smaller)} is better when smaller; leave --int8 "
+                "out, or export it alone"
+            )
+    if comparison is None:
+        raise ExportError(
+            "int8 is gated on the task's metric and there are no held-out rows"
+            + ("" if isinstance(trained.task, Several) else ": name some with --data FILE")
+        )
 
 
 def finite_on_grid(run: Run, batches: list[list[np.ndarray]]) -> bool:

@@ -85,6 +85,8 @@ def load_several(models: Sequence[str | Path]) -> Trained:
     task = Several(tasks)
     data = DataConfig.model_validate(facts[0]["data"])
     whole = {**facts[0], "method": "frozen", "heads": names}
+    whole["tasks"] = {name: about["data"] for name, about in zip(names, facts, strict=True)}
+    whole["folders"] = {name: str(folder) for name, folder in zip(names, folders, strict=True)}
     return Trained(first, task, tokenizer, facts[0]["max_length"], data, whole, running, Adaptation("frozen", model))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from regraft.engine.config import DataConfig, RunConfig
@@ -10,7 +12,7 @@ from regraft.engine.errors import ConfigError
 from regraft.engine.examples import Examples
 from regraft.engine.several.mixed import MixedExamples
 from regraft.engine.tasks.several import Several
-from regraft.engine.trained import Trained
+from regraft.engine.trained import Trained, read_facts
 from regraft.engine.training.setup import Prepared, prepare
 
 SUMS = ("rows", "sequences", "truncated_rows", "cut_tokens", "tokens")
@@ -74,13 +76,19 @@ def heldout_of_all(trained: Trained, split: str | None = None) -> MixedExamples:
 
     Raises DataError when a run's own files are gone.
     """
-    from dataclasses import replace
-
     from regraft.engine.heldout import encoded, heldout_rows
 
-    several: Any = trained.task
     parts = {}
-    for name, task in several.tasks.items():
-        one = replace(trained, task=task, data=data_of(trained, name))
+    for name in trained.facts["tasks"]:
+        one = _learned_alone(trained, name)
         parts[name] = encoded(one, heldout_rows(one, None, split=split))
     return MixedExamples.of(parts)
+
+
+def _learned_alone(trained: Trained, name: str) -> Trained:
+    """What the run of one of the tasks kept of its rows: with others, the whole run; of a head that was put beside others
+    later (`heads.several`), its own."""
+    several: Any = trained.task
+    one = replace(trained, task=several.tasks[name], data=data_of(trained, name))
+    folders = trained.facts.get("folders")
+    return one if folders is None else replace(one, folder=Path(folders[name]), facts=read_facts(Path(folders[name])))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError
 from regraft.engine.export import export_bundle
 from regraft.engine.features.rows import FeatureBatch
+from regraft.engine.figures import figure
 from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions
 from regraft.engine.heads.combine import ScalarMix
 from regraft.engine.heads.head import build_head
@@ -221,16 +223,27 @@ def test_several_layers_side_by_side_widen_the_last_layer():
     assert build_head(HeadConfig(), layers=4, hidden=8, outputs=3).logits.weight.shape == (3, 8)
 
 
-def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen, tmp_path):
+def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen, write_rows, tmp_path):
     import onnx
 
     from regraft.engine.errors import ExportError
     from regraft.serve.session import Session
 
-    one = frozen("head.type=bilstm", "head.hidden=8", "training.max_steps=5", folder="topic").folder
-    two = frozen("head.type=logistic", "features.layers=[0,2]", folder="mood").folder
+    other_rows = write_rows("third.csv", 70, 11)
+    results = [
+        frozen("head.type=bilstm", "head.hidden=8", "training.max_steps=5", folder="topic"),
+        frozen("head.type=logistic", "features.layers=[0,2]", f"data.dev={other_rows}", folder="mood"),
+    ]
+    one, two = (result.folder for result in results)
     report = export_bundle([one, two / "best"], tmp_path / "both")
     assert "heads: topic, mood; the encoder runs once" in report
+    told = re.search(r"mean on (\d+) rows of .*: model ([\d.]+), graph ([\d.]+)", report)
+    own = [result.metrics["dev"]["accuracy"] for result in results]  # each on the rows that its own run held out
+    assert told is not None and int(told[1]) == 100 + 70
+    assert told[2] == told[3] == figure(float(np.mean(own)))
+    with pytest.raises(ExportError, match="rows are of one task and this model has topic, mood"):
+        export_bundle([one, two], tmp_path / "none", data_file=str(other_rows))
+    assert "int8: " in export_bundle([one, two], tmp_path / "eight", int8=True, max_loss=100)
     session = Session(tmp_path / "both", threads=1, warm_tokens=64)
     texts = ["good film", "bad slow dull plot and a very long story " * 4]
     for text, answer in zip(texts, session.decode(session.run(session.tokenize(texts))), strict=True):
