@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from regraft.engine.examples import Examples
 
+# On two cores 8192 tokens run 5% faster than 2048 and cost MiniLM's process 0.5 GB more, beyond what training takes.
+CPU_TOKENS, GPU_TOKENS = 2048, 8192
 # (loss, row, (expected, predicted)) of a row, for the report
 Worst = tuple[float, int, tuple[str, str]]
 
@@ -44,7 +46,7 @@ def evaluate(
     examples: Examples,
     task: Task,
     *,
-    token_budget: int = 8192,
+    token_budget: int | None = None,
     accelerator: Accelerator | None = None,
     keep_worst: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -58,7 +60,7 @@ def evaluate(
     metrics = task.metrics()
     worst: list[Worst] = []
     # The windows of a text are judged together, so a batch holds whole rows.
-    batches = by_length(examples.row_lengths, token_budget)[:most_batches]
+    batches = by_length(examples.row_lengths, token_budget or at_once(running))[:most_batches]
     rank, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     mine: list[Any] = batches[rank::processes]
     if getattr(running, "runs_in_step", False):  # the others wait for this process in every layer of every batch
@@ -134,10 +136,15 @@ def rows_read(examples: Examples, sequences: np.ndarray) -> np.ndarray:
     return np.bincount(owner[marked], minlength=len(sequences))
 
 
-def run_all(running: RunningModel, examples: Examples, token_budget: int = 8192) -> list[np.ndarray]:
+def at_once(running: RunningModel) -> int:
+    """Tokens of one forward pass without gradients."""
+    return GPU_TOKENS if next(running.parameters()).device.type == "cuda" else CPU_TOKENS
+
+
+def run_all(running: RunningModel, examples: Examples) -> list[np.ndarray]:
     """Outputs of every sequence, in order; sequences of like length run together."""
     outputs: list[Any] = [None] * len(examples.store)
-    for batch in by_length(examples.store.lengths, token_budget):
+    for batch in by_length(examples.store.lengths, at_once(running)):
         for number, found in zip(batch, run_outputs(running, examples, batch), strict=True):
             outputs[number] = found
     return outputs

@@ -22,7 +22,6 @@ from regraft.engine.tasks.base import Prediction
 from regraft.engine.trained import Trained, load_trained, takes_pairs
 
 CHUNK_ROWS = 1024
-TOKEN_BUDGET = 8192
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def answers_of(trained: Trained, chunks: Iterable[list[tuple[str, Any]]]) -> Ite
         refuse_other_shape(trained, chunk)
         rows = rows_of(chunk)
         made = trained.task.examples(rows, trained.tokenizer, trained.max_length, labelled=False)
-        answers = trained.task.answers(made, run_all(trained.running, made, TOKEN_BUDGET))
+        answers = trained.task.answers(made, run_all(trained.running, made))
         cut = np.zeros(len(chunk), dtype=np.int64)
         if made.cuts is not None and made.row_of is not None:
             cut = np.bincount(made.row_of, weights=made.cuts, minlength=len(chunk)).astype(np.int64)
