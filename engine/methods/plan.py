@@ -21,6 +21,7 @@ from regraft.engine.errors import MemoryShortError, ModelError, RegraftError
 from regraft.engine.memory import host_memory
 from regraft.engine.methods.plan_processes import of_one_process
 from regraft.engine.methods.settings import ADAPTERS, SECTIONS
+from regraft.engine.vocabulary import may_be_cut
 
 PROBE_STEPS = 10
 PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
@@ -144,7 +145,7 @@ def plan_run(config: RunConfig, *, alternatives: bool = True, processes: int = 1
             raise
         memory = of_one_process(guess.memory, run.running.model, config, processes)
         return planned(replace(guess, memory=memory), (), None, None)
-    rest = max(peak - chosen.memory.peak, 0)
+    rest = max(peak - chosen.memory.peak - _put_aside(run.running.model, run.vocabulary), 0)
     mine = largest[share_by_tokens(examples.lengths[largest], processes)[0]]
     if processes > 1:
         chosen = replace(chosen, memory=replace(chosen.memory, activations=_activations(run, mine)))
@@ -178,7 +179,13 @@ def _guessed_activations(run: Any, largest: np.ndarray, processes: int) -> int:
 
 def _whole(counted: MethodPlan, model: Any, used: Any, config: RunConfig, rest: int, processes: int) -> MethodPlan:
     """The plan of one process with everything in it. `used`: what the word embedding was cut to, if it was."""
-    counted = _with_rest(counted, rest + _read_back(counted.method, model, used))
+    counted = _with_rest(counted, rest + _put_aside(model, used) + _read_back(counted.method, model, used))
+    if used is not None:  # rows that are not held count too: they are what the saved model has
+        table = model.get_input_embeddings().weight
+        rows = used.left_out // table.element_size()
+        counted = replace(
+            counted, trained=counted.trained + (rows if table.requires_grad else 0), total=counted.total + rows
+        )
     return replace(counted, memory=of_one_process(counted.memory, model, config, processes))
 
 
@@ -243,12 +250,10 @@ def _counted_beside(
         use_method_kernels(running, other, run.precision)
     held, run.running, run.stepper.model = run.running, running, running
     try:
-        table = running.model.get_input_embeddings().weight
-        used = (
-            run.vocabulary if table.requires_grad else None
-        )  # a table that is frozen would not be cut to the rows in use
+        table = running.model.get_input_embeddings()
+        used = run.vocabulary if may_be_cut(table, other) else None
         if used is not None:
-            running.model.get_input_embeddings().weight.data = used.module.weight.data
+            table.weight.data = used.module.weight.data
         running.train()
         activations = _activations(run, largest)
     finally:
@@ -283,6 +288,13 @@ def _read_back(method: str, model: nn.Module, used: Any) -> int:
         return 0
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
     return whole if used is None else whole + used.left_out
+
+
+def _put_aside(model: Any, used: Any) -> int:
+    """Bytes of the whole word embedding, kept on the host beside the rows in use where these are trained."""
+    if used is None or torch.cuda.is_available():
+        return 0
+    return used.whole_bytes if model.get_input_embeddings().weight.requires_grad else 0
 
 
 def _with_rest(plan: MethodPlan, rest: int) -> MethodPlan:

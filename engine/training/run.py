@@ -323,7 +323,7 @@ class _Run:
                 latest, self.running.model, self.optimizer, self.accelerator.scaler, self.averaged, shards=self.shards
             )
             if self.vocabulary:
-                self.vocabulary.decayed, self.vocabulary.averaged = self.state.extra["vocabulary"]
+                self.vocabulary.decayed, self.vocabulary.averaged = self.state.extra.get("vocabulary", (1.0, 1.0))
             asked, used = self.state.extra.get("token_budget", (None, None))
             if self.stepper is not None and asked == self.config.training.token_budget:
                 self.stepper.token_budget = used  # not what is free today: micro-batches stay what they were

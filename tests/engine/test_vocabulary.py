@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoConfig
 
 from regraft.engine.config import load_config
+from regraft.engine.predict import predict
+from regraft.engine.trained import load_trained
+from regraft.engine.training.recipes import recipe_of
 from regraft.engine.training.run import train
 from regraft.engine.vocabulary import UsedRows, rows_in_use
 
@@ -52,3 +57,26 @@ def test_a_run_saves_the_table_that_training_all_of_it_gives(make_config, tmp_pa
     assert tables[0][key].shape == tables[1][key].shape
     for name, value in tables[0].items():
         assert torch.allclose(value, tables[1][name], atol=2e-5), name
+
+
+def test_under_an_adapter_rows_that_no_text_names_are_not_held_and_nothing_else_changes(make_config, tmp_path):
+    path = make_config(method="lora", model={"dropout": 0.0}, training={"learning_rate": 1e-2})
+    saved, held = [], []
+    for name in ("auto", "off"):
+        config = load_config(path, [f"run={tmp_path / name}", f"model.kernels={name}"])
+        recipe = recipe_of(config)(config, tmp_path / name, None, True)
+        recipe.prepare()
+        recipe.build()
+        held.append(recipe.running.model.get_input_embeddings().weight)
+        train(config, quiet=True)
+        saved.append(load_file(tmp_path / name / "best" / "adapter_model.safetensors"))
+    vocabulary = AutoConfig.from_pretrained(load_config(path).model.name).vocab_size
+    assert held[0].shape[0] < held[1].shape[0] == vocabulary
+    assert not held[0].requires_grad
+    assert saved[0].keys() == saved[1].keys()
+    for name, value in saved[0].items():
+        assert "embed" not in name
+        assert torch.allclose(value, saved[1][name], atol=2e-5), name
+    words = ["a word that training never saw: zebra"]
+    (ours,), (plain,) = (list(predict(load_trained(tmp_path / name), words)) for name in ("auto", "off"))
+    assert ours.prediction.scores == pytest.approx(plain.prediction.scores, abs=1e-4)
