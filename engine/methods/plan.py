@@ -180,12 +180,9 @@ def _guessed_activations(run: Any, largest: np.ndarray, processes: int) -> int:
 def _whole(counted: MethodPlan, model: Any, used: Any, config: RunConfig, rest: int, processes: int) -> MethodPlan:
     """The plan of one process with everything in it. `used`: what the word embedding was cut to, if it was."""
     counted = _with_rest(counted, rest + _put_aside(model, used) + _read_back(counted.method, model, used))
-    if used is not None:  # rows that are not held count too: they are what the saved model has
-        table = model.get_input_embeddings().weight
-        rows = used.left_out // table.element_size()
-        counted = replace(
-            counted, trained=counted.trained + (rows if table.requires_grad else 0), total=counted.total + rows
-        )
+    table = model.get_input_embeddings().weight
+    if used is not None and not table.requires_grad:  # an adapter's backbone has all its rows, held or not
+        counted = replace(counted, total=counted.total + used.left_out // table.element_size())
     return replace(counted, memory=of_one_process(counted.memory, model, config, processes))
 
 
