@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 WHOLE = re.compile(r"-?\d+\.0+")  # a whole number as a column of decimals writes it
@@ -10,11 +11,18 @@ WHOLE = re.compile(r"-?\d+\.0+")  # a whole number as a column of decimals write
 
 def name_of(value: Any) -> str:
     """A label value as its name: 1, 1.0, '1' and '1.0' are the same label, which files write in different ways."""
+    if type(value) is str:
+        return _name_of_text(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    name = str(value).strip()
+    return _name_of_text(str(value))
+
+
+@lru_cache(maxsize=4096)  # of all rows' labels few are different
+def _name_of_text(text: str) -> str:
+    name = text.strip()
     return name[: name.index(".")] if WHOLE.fullmatch(name) else name
 
 

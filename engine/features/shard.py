@@ -45,6 +45,7 @@ class Shard:
     content: np.ndarray
     start: int
     checked: bool = field(default=False)
+    _tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # asked for in every batch
 
     def array(self, name: str) -> np.ndarray:
         about = self.header.arrays[name]
@@ -73,8 +74,11 @@ class Shard:
         """The array as torch sees it, in the mapped memory itself."""
         import torch
 
-        found = torch.from_numpy(self.array(name))
-        return found.view(torch.bfloat16) if self.header.arrays[name].dtype == "BF16" else found
+        if name not in self._tensors:
+            found = torch.from_numpy(self.array(name))
+            as_bf16 = self.header.arrays[name].dtype == "BF16"
+            self._tensors[name] = found.view(torch.bfloat16) if as_bf16 else found
+        return self._tensors[name]
 
     def check(self) -> None:
         """Compare every array with its checksum, once a process. Raises DamagedShard naming the file."""

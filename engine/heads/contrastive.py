@@ -27,7 +27,7 @@ from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan, share_by_tokens
 from regraft.engine.training.run import _Run
 from regraft.engine.training.setup import prepare, set_threads
-from regraft.engine.training.step import Stepper, step_seed, without_ddp
+from regraft.engine.training.step import Stepper, seed_dropout, step_seed, without_ddp
 
 TOGETHER = 4  # rows of one class that come into the same step
 ENCODED = 4096  # tokens of one forward pass without gradient
@@ -71,7 +71,7 @@ class PairStepper(Stepper):
             share_by_tokens(self.examples.store.lengths[rows], accelerator.num_processes)[accelerator.process_index]
         ]
         mine = mine if len(mine) else rows[:1]
-        torch.manual_seed(step_seed(self.seed, step, accelerator.process_index, 0))
+        seed_dropout(step_seed(self.seed, step, accelerator.process_index, 0), accelerator.device)
         with accelerator.autocast():
             found = without_ddp(self.model)(collate(self.examples.store, mine).to(accelerator.device))
         loss = pair_loss(found, torch.from_numpy(np.asarray(self.examples.targets)[mine]).to(accelerator.device))
