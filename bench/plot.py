@@ -73,14 +73,18 @@ def draw(result: dict[str, Any], picture: Path) -> None:
 
 
 def panels(result: dict[str, Any], plt: Any) -> Figure:
-    """A panel a case, one below the other; on one scale where their values allow it."""
+    """A panel a case, one below the other; on one scale where their values allow it. Of cases that each have a unit of their
+    own only those that have a peer: a lone bar says nothing."""
     cases, shades = result["cases"], colours(contestants(result))
+    mixed = "case" in result["unit"]
+    if mixed:
+        cases = {name: case for name, case in cases.items() if len(case["medians"]) > 1} or cases
     rows = [len(case["medians"]) for case in cases.values()]
     height = frame_height(result) + sum(0.36 * n + 0.62 for n in rows)
     shape = {"figsize": (WIDTH, height), "height_ratios": [0.36 * n + 0.1 for n in rows], "squeeze": False}
     figure, axes = plt.subplots(len(cases), 1, **shape)
     longest = [max(run["value"] for run in case["runs"]) for case in cases.values()]
-    alike = max(longest) < 3 * min(longest)
+    alike = not mixed and max(longest) < 3 * min(longest)
     for axis, (name, case), mine in zip(axes[:, 0], cases.items(), longest, strict=True):
         scale = 1.32 * max(max(longest) if alike else mine, 1e-9)  # a loss may be a gain
         who_is = [who for who in shades if who in case["medians"]]
@@ -96,7 +100,7 @@ def panels(result: dict[str, Any], plt: Any) -> Figure:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
         tidy(axis)
     better = "more is better" if result["higher_is_better"] else "less is better"
-    axes[-1, 0].set_xlabel(f"{result['unit']}, {better}", color=SOFT, fontsize=9.5)
+    axes[-1, 0].set_xlabel(better if mixed else f"{result['unit']}, {better}", color=SOFT, fontsize=9.5)
     return framed(figure, result, height)
 
 

@@ -56,13 +56,18 @@ def processes() -> Processes:
 
 
 def features_of(
-    config: RunConfig, splits: Mapping[str, Source], say: Say, *, shown: bool = True
+    config: RunConfig,
+    splits: Mapping[str, Source],
+    say: Say,
+    *,
+    shown: bool = True,
+    made: tuple[FeatureSpec, FastTokenizer] | None = None,
 ) -> dict[str, FeatureRows]:
     """Features of every split: what the store has is read, what it lacks is computed first, each text or sequence once.
 
-    Raises StoreError; every shard finished before it is kept.
+    `made`: what `feature_spec` gave, where it was asked before. Raises StoreError; every shard finished before it is kept.
     """
-    spec, tokenizer = feature_spec(config)
+    spec, tokenizer = made or feature_spec(config)
     store = FeatureStore(store_root(config.features.store), spec)
     keys = {name: keys_of(source) for name, source in splits.items()}
     everyone = processes()

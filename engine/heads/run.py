@@ -48,7 +48,7 @@ class FrozenRun(_Run):
             check_descriptions(config.head.descriptions, task.labels)
             texts = [config.head.descriptions.get(label, label.replace("_", " ")) for label in task.labels]
             sources["labels"] = Rows("labels", "head.descriptions", texts, None, np.arange(len(texts)))
-        found = features_of(config, sources, self.say, shown=self.speaks)
+        found = features_of(config, sources, self.say, shown=self.speaks, made=(self.spec, tokenizer))
         self.descriptions = found.pop("labels", None)
         splits = {name: part.learned(found[name]) for name, part in parts.items()}
         notes = {name: part.note | {"tokens": int(found[name].lengths.sum())} for name, part in parts.items()}
