@@ -51,7 +51,7 @@ class Recipe:
     """How a method learns SST-2 for its accuracy."""
 
     learning_rate: float
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 32
     max_length: int = 128
 
