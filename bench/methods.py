@@ -8,13 +8,13 @@ measured so far. `--restart` measures the chosen parts again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import shutil
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ PLAN, WEIGHTS, PROCESSES = "planned / measured peak", "weights (MB)", "processes
 ONE, TWO = "one process, all threads", "two processes"
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """How a method learns SST-2 for its accuracy."""
 
@@ -65,10 +65,10 @@ RECIPES = {
 }
 CASE = train_cpu.Case(8000, 32, 128, 10, 50, 5, 1.35, 1.6)
 QUICK = train_cpu.Case(400, 32, 128, 2, 4, 1, 1.35, 1.6)
-TABLE_STEPS, QUICK_STEPS = 24, 4
+TABLE_STEPS, LARGE_STEPS, QUICK_STEPS = (10, 24), (4, 12), (2, 4)  # those before the window, and in it
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Piece:
     """One turn. `settings`: all that decides its figure; `measure` gives value and details."""
 
@@ -297,15 +297,24 @@ class TrainerWithPeft(train_cpu.Trainer):
 
 
 def _table(options: argparse.Namespace, methods: list[str]) -> Iterator[Piece]:
-    case, steps = (QUICK, QUICK_STEPS) if options.quick else (CASE, TABLE_STEPS)
     for name in options.models.split(",")[: 1 if options.quick else None]:
+        warmup, steps = QUICK_STEPS if options.quick else TABLE_STEPS if name == "MiniLM" else LARGE_STEPS
+        case = dataclasses.replace(QUICK if options.quick else CASE, warmup_steps=warmup)
         for method in methods if not options.quick else methods[:3]:
             if (name, method) in (NO_BIASES, NO_PREFIX):
                 continue
-            settings = {"steps": steps, "rows": case.rows, "precision": options.precision, "threads": options.threads}
+            settings = {
+                "warmup": warmup,
+                "steps": steps,
+                "rows": case.rows,
+                "precision": options.precision,
+                "threads": options.threads,
+            }
             settings |= {"more": SECTIONS.get(method)}
 
-            def measure(name: str = name, method: str = method) -> tuple[float, dict[str, Any]]:
+            def measure(
+                name: str = name, method: str = method, case: train_cpu.Case = case, steps: int = steps
+            ) -> tuple[float, dict[str, Any]]:
                 model = encoder(name, options)
                 folder, files = train_cpu.fresh("plan"), train_cpu.prepare("sst2", case)
                 data = {split: str(path) for split, path in files.items()}
