@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +19,13 @@ from torch import nn
 
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.errors import MemoryShortError, ModelError, RegraftError
+from regraft.engine.heap import resident
 from regraft.engine.memory import host_memory
 from regraft.engine.methods.plan_processes import of_one_process
 from regraft.engine.methods.settings import ADAPTERS, SECTIONS
 from regraft.engine.vocabulary import may_be_cut
+
+Steps = Sequence[np.ndarray]  # the rows of each
 
 PROBE_STEPS = 10
 PLANNED = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter", "prompt", "prefix")
@@ -39,9 +43,22 @@ class Memory:
     rest: int = 0
 
     @property
+    def kept(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.optimizer + self.averages
+
+    @property
     def peak(self) -> int:
         # Activations are gone when the gradients are all there, but AdamW's first step makes its moments then.
         return self.weights + self.gradients + self.optimizer + self.averages + self.activations + self.rest
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Bytes that the probe held besides what is counted: in its steps, and in its evaluation after them."""
+
+    steps: int
+    evaluation: int
 
 
 @dataclass(frozen=True)
@@ -109,8 +126,8 @@ def plan_run(config: RunConfig, *, alternatives: bool = True, processes: int = 1
         if getattr(run, "running", None) is None:
             raise run.without_memory(error) from error
     examples = run.data.splits["train"]
-    largest = np.sort(np.argsort(-examples.lengths, kind="stable")[: config.training.batch_size])
     plan = run.make_plan()
+    steps = plan.largest_steps(examples.lengths)
     tokens = int(examples.lengths.sum() * plan.total_steps / plan.steps_per_epoch)
     on_gpu = torch.cuda.is_available()
     share = 1 if on_gpu else processes  # a machine's processes have a GPU each, but its memory and cores together
@@ -121,7 +138,7 @@ def plan_run(config: RunConfig, *, alternatives: bool = True, processes: int = 1
             others,
             plan.total_steps,
             tokens,
-            int(examples.lengths[largest].sum()),
+            max(int(examples.lengths[rows].sum()) for rows in steps),
             _token_budget(run),
             rate,
             None if rate is None else tokens / rate * share / processes,
@@ -133,20 +150,21 @@ def plan_run(config: RunConfig, *, alternatives: bool = True, processes: int = 1
         )
 
     # What is certain comes first: where even that is too much, a probe would be ended by the system, with no answer.
-    guess = _count(config.method, run.running.model, config, _guessed_activations(run, largest, processes))
+    guess = _count(config.method, run.running.model, config, _guessed_activations(run, steps, processes))
     try:
         if run.stepper is None or guess.memory.peak - guess.memory.activations // 2 > _available():
             raise MemoryShortError("what is counted does not fit")
-        rate, watts = _probe(run, largest)
+        rate, watts, evaluating = _probe(run, steps)
         peak = _peak_bytes()
-        chosen = _count(config.method, run.running.model, config, _activations(run, largest))
+        chosen = _count(config.method, run.running.model, config, _activations(run, steps))
     except Exception as error:
         if not (isinstance(error, MemoryShortError) or out_of_memory(error)):
             raise
         memory = of_one_process(guess.memory, run.running.model, config, processes)
         return planned(replace(guess, memory=memory), (), None, None)
-    rest = max(peak - chosen.memory.peak - _put_aside(run.running.model, run.vocabulary), 0)
-    mine = largest[share_by_tokens(examples.lengths[largest], processes)[0]]
+    aside = _put_aside(run.running.model, run.vocabulary)
+    rest = Rest(max(peak - chosen.memory.peak - aside, 0), max(evaluating - chosen.memory.kept - aside, 0))
+    mine = [rows[share_by_tokens(examples.lengths[rows], processes)[0]] for rows in steps]
     if processes > 1:
         chosen = replace(chosen, memory=replace(chosen.memory, activations=_activations(run, mine)))
     chosen = _whole(chosen, run.running.model, run.vocabulary, config, rest, processes)
@@ -164,12 +182,12 @@ def _token_budget(run: Any) -> int:
     return choose_token_budget(run.config, run.running.model, run.precision)
 
 
-def _guessed_activations(run: Any, largest: np.ndarray, processes: int) -> int:
+def _guessed_activations(run: Any, steps: Steps, processes: int) -> int:
     """Bytes of the largest micro-batch's activations, from the model's size alone."""
     from regraft.engine.training.setup import activation_bytes
 
-    lengths = run.data.splits["train"].lengths[largest]
-    at_once = min(int(lengths.sum()) // processes, max(_token_budget(run), int(lengths.max())))
+    lengths = [run.data.splits["train"].lengths[rows] for rows in steps]
+    at_once = max(min(int(n.sum()) // processes, max(_token_budget(run), int(n.max()))) for n in lengths)
     a_token = activation_bytes(run.running.model, run.precision)
     if run.config.training.gradient_checkpointing:  # one value a layer, and all of one layer's
         layers = getattr(run.running.model.config, "num_hidden_layers", 12)
@@ -177,20 +195,23 @@ def _guessed_activations(run: Any, largest: np.ndarray, processes: int) -> int:
     return int(at_once * a_token)
 
 
-def _whole(counted: MethodPlan, model: Any, used: Any, config: RunConfig, rest: int, processes: int) -> MethodPlan:
+def _whole(counted: MethodPlan, model: Any, used: Any, config: RunConfig, rest: Rest, processes: int) -> MethodPlan:
     """The plan of one process with everything in it. `used`: what the word embedding was cut to, if it was."""
-    counted = _with_rest(counted, rest + _put_aside(model, used) + _read_back(counted.method, model, used))
+    memory, aside = counted.memory, _put_aside(model, used)
+    after = memory.kept + aside + rest.evaluation + _beside_best(counted, model, used)
+    counted = replace(counted, memory=replace(memory, rest=max(rest.steps + aside, after - memory.peak)))
     table = model.get_input_embeddings().weight
     if used is not None and not table.requires_grad:  # an adapter's backbone has all its rows, held or not
         counted = replace(counted, total=counted.total + used.left_out // table.element_size())
     return replace(counted, memory=of_one_process(counted.memory, model, config, processes))
 
 
-def _probe(run: Any, largest: np.ndarray) -> tuple[float, float | None]:
-    """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first, and watts."""
+def _probe(run: Any, steps: Steps) -> tuple[float, float | None, int]:
+    """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first, watts,
+    and bytes held after the evaluation (0 on a GPU)."""
     from regraft.engine.evaluation import evaluate
 
-    run.stepper.rehearse(len(largest))
+    run.stepper.rehearse(steps)
     tokens, seconds = 0, 0.0
     order = run.plan.order(0)
     watts = []
@@ -198,18 +219,19 @@ def _probe(run: Any, largest: np.ndarray) -> tuple[float, float | None]:
         rows = run.plan.batch(step % run.plan.steps_per_epoch, order)
         began = time.perf_counter()
         tokens += run.stepper(step, rows).tokens
+        run.freed.after_step()
         seconds += time.perf_counter() - began
         watts.append(_watts())
+    run.freed.give_back()
     # with its figures: what computes them is imported then, and stays
     evaluate(run.running, run.data.splits["dev"], run.data.task, accelerator=run.accelerator, most_batches=1)
+    held = 0 if torch.cuda.is_available() else resident()
     run.set_training_mode()
     drawn = [w for w in watts if w is not None]
-    return tokens / max(seconds, 1e-9), max(drawn, default=None)
+    return tokens / max(seconds, 1e-9), max(drawn, default=None), held
 
 
-def _alternative(
-    method: str, config: RunConfig, run: Any, largest: np.ndarray, rest: int, processes: int
-) -> MethodPlan:
+def _alternative(method: str, config: RunConfig, run: Any, steps: Steps, rest: Rest, processes: int) -> MethodPlan:
     from regraft.engine.heads.live import model_of
     from regraft.engine.methods.adapt import adapt
     from regraft.engine.training.step import out_of_memory
@@ -225,16 +247,14 @@ def _alternative(
     except RegraftError as error:
         return MethodPlan(method, note=str(error))
     try:
-        return _counted_beside(model, other, run, largest, rest, processes)
+        return _counted_beside(model, other, run, steps, rest, processes)
     except Exception as error:
         if not out_of_memory(error):
             raise
         return MethodPlan(method, note="out of memory while it was counted beside the chosen method")
 
 
-def _counted_beside(
-    model: Any, other: RunConfig, run: Any, largest: np.ndarray, rest: int, processes: int
-) -> MethodPlan:
+def _counted_beside(model: Any, other: RunConfig, run: Any, steps: Steps, rest: Rest, processes: int) -> MethodPlan:
     from regraft.engine.methods.speed import use_method_kernels
     from regraft.engine.models import RunningModel
 
@@ -252,7 +272,7 @@ def _counted_beside(
         if used is not None:
             table.weight.data = used.module.weight.data
         running.train()
-        activations = _activations(run, largest)
+        activations = _activations(run, steps)
     finally:
         run.running, run.stepper.model = held, held
     counted = _count(other.method, model, other, activations)
@@ -278,13 +298,15 @@ def _numbers(weight: Any) -> int:
     return weight.numel() if state is None else math.prod(state.shape)
 
 
-def _read_back(method: str, model: nn.Module, used: Any) -> int:
-    """Bytes of the whole model that a run reads from its folder when it ends, with all it holds still in memory; an
-    adapter is small, and a GPU sees a tensor of it at a time."""
-    if method in ADAPTERS or torch.cuda.is_available():
+def _beside_best(plan: MethodPlan, model: nn.Module, used: Any) -> int:
+    """Bytes of what an evaluation finds to be the best: its whole word embedding while it is saved, and all of it when it
+    is read at the end, without the moments. An adapter is small, and a GPU sees a tensor of it at a time."""
+    if plan.method in ADAPTERS or torch.cuda.is_available():
         return 0
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    return whole if used is None else whole + used.left_out
+    if used is None:
+        return max(whole - plan.memory.optimizer, 0)
+    return max(used.whole_bytes, whole + used.left_out - plan.memory.optimizer)
 
 
 def _put_aside(model: Any, used: Any) -> int:
@@ -294,14 +316,12 @@ def _put_aside(model: Any, used: Any) -> int:
     return used.whole_bytes if model.get_input_embeddings().weight.requires_grad else 0
 
 
-def _with_rest(plan: MethodPlan, rest: int) -> MethodPlan:
-    m = plan.memory
-    memory = Memory(m.weights, m.gradients, m.optimizer, m.averages, m.activations, rest)
-    return MethodPlan(plan.method, plan.trained, plan.total, memory, plan.note)
+def _activations(run: Any, steps: Steps) -> int:
+    """Bytes that autograd keeps of the largest micro-batch of these steps, weights left out."""
+    return max(_activations_of(run, rows) for rows in steps)
 
 
-def _activations(run: Any, rows: np.ndarray) -> int:
-    """Bytes that autograd keeps of the largest micro-batch of a step, weights left out."""
+def _activations_of(run: Any, rows: np.ndarray) -> int:
     own = {t.untyped_storage().data_ptr() for t in [*run.running.parameters(), *run.running.buffers()]}
     kept: dict[int, int] = {}
 

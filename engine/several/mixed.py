@@ -85,11 +85,6 @@ class MixedExamples(Examples):
                 yield name, part, sequences[places] - starts[number], places
 
     @property
-    def first_unit(self) -> dict[str, int]:
-        """By task: the number of its first unit."""
-        return dict(zip(self.parts, _starts([len(p) for p in self.parts.values()]).tolist(), strict=True))
-
-    @property
     def first_row(self) -> dict[str, int]:
         """By task: the number of its first row."""
         return dict(zip(self.parts, _starts([len(p.rows) for p in self.parts.values()]).tolist(), strict=True))

@@ -67,6 +67,18 @@ class MixedPlan(Plan):
     def batch(self, step: int, order: np.ndarray) -> np.ndarray:
         return order[step % self.steps_per_epoch]
 
+    def largest_steps(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Rows of the step of each task with the most tokens, and of that with the longest sequence."""
+        found: dict[tuple[int, bool], tuple[int, np.ndarray]] = {}
+        first = np.cumsum([0, *self.sizes])
+        for epoch in range(self.epoch_of(self.total_steps - 1) + 1):
+            for rows in self.order(epoch)[: self.total_steps - epoch * self.steps_per_epoch]:
+                task = int(np.searchsorted(first, rows[0], side="right"))
+                for longest, size in ((False, lengths[rows].sum()), (True, lengths[rows].max())):
+                    if size > found.get((task, longest), (-1,))[0]:
+                        found[task, longest] = (int(size), rows)
+        return list({id(rows): rows for _, rows in found.values()}.values())
+
     def _shuffled(self, task: int, number: int) -> np.ndarray:
         seed = np.random.SeedSequence([self.seed, task, number])
         return np.random.Generator(np.random.Philox(seed)).permutation(self.sizes[task])

@@ -76,10 +76,6 @@ class TurnStepper(Stepper):
             parameter.grad = None  # 0 so far, by which moments would decay and weights go on moving
         return loss
 
-    def largest_steps(self, batch_size: int) -> list[np.ndarray]:
-        first = self.examples.first_unit  # type: ignore[attr-defined]
-        return [self.turns[name].largest_steps(batch_size)[0] + first[name] for name in first]
-
 
 def _of_others(model: ManyHeads, number: int) -> list[Tensor]:
     """Parameters of every head but one, and what weighs their losses."""

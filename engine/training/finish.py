@@ -22,6 +22,7 @@ WORST_SHOWN = 20
 
 def finish_run(run: _Run) -> dict[str, dict[str, float]]:
     """Evaluate `best/` on dev and test, write evaluation.json, report.html and the model card; metrics by split."""
+    run.forget_moments()
     run.load_best()
     task = run.data.task
     found: dict[str, Evaluation] = {}

@@ -39,6 +39,24 @@ class Plan:
         start = (step % self.steps_per_epoch) * self.batch_size
         return order[start : start + self.batch_size]
 
+    def largest_steps(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Rows of the steps that could take the most memory of all that the run takes: that with the most tokens, and, if
+        it is another, that with the longest sequence, which is never split. `lengths`: tokens of each row."""
+        none = np.empty(0, dtype=np.int64)
+        most, longest = (-1, none), (-1, none)
+        for epoch in range(self.epoch_of(self.total_steps - 1) + 1):
+            order = self.order(epoch)
+            steps = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+            rows = lengths[order]
+            starts = np.arange(steps) * self.batch_size
+            tokens = np.add.reduceat(rows[: steps * self.batch_size], starts)
+            if tokens.max() > most[0]:
+                most = (tokens.max(), self.batch(int(tokens.argmax()), order))
+            at = int(rows[: steps * self.batch_size].argmax())
+            if rows[at] > longest[0]:
+                longest = (rows[at], self.batch(at // self.batch_size, order))
+        return [most[1]] if np.array_equal(most[1], longest[1]) else [most[1], longest[1]]
+
 
 def share_by_tokens(lengths: np.ndarray, processes: int) -> list[np.ndarray]:
     """Split one step's rows over processes so that each gets about the same tokens: longest first, to the lightest.

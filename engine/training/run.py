@@ -17,6 +17,7 @@ from regraft.engine.config import RunConfig, config_hash
 from regraft.engine.errors import MemoryShortError, NotFiniteError, RegraftError, TrainingError
 from regraft.engine.figures import figure
 from regraft.engine.files import remove_leftovers, write_text
+from regraft.engine.heap import FreedMemory
 from regraft.engine.machine import seconds_since_process_start, start_without_collector, thaw
 from regraft.engine.progress import ProgressBar
 from regraft.engine.training.folder import RunResult, clear_run_folder, fingerprints, open_run_folder, telling_full_disk
@@ -93,6 +94,7 @@ class _Run:
         quiet: bool,
     ) -> None:
         self.config, self.folder, self.on_step, self.quiet = config, folder, on_step, quiet
+        self.freed = FreedMemory()
 
     def go(self) -> RunResult:
         with start_without_collector():
@@ -114,6 +116,12 @@ class _Run:
                 self.evaluate()
         return self.finish()
 
+    def forget_moments(self) -> None:
+        """Make room on a CPU for the best weights, which are read beside the last ones: no step follows."""
+        if self.accelerator.device.type == "cpu" and self.shards is None:
+            getattr(self.optimizer, "state", {}).clear()  # a small head's own optimizer has none
+            self.freed.give_back()
+
     def rehearse_if_tight(self) -> None:
         """Take the largest step first where memory could run out: in the first minute rather than late in an epoch."""
         from regraft.engine.training.setup import could_run_out
@@ -126,7 +134,7 @@ class _Run:
         at_once = min(int(longest.sum()), max(self.stepper.token_budget, int(longest[-1])))
         # Each process sees memory of its own, and all of them have to take the step.
         if agreed(could_run_out(at_once, self.running.model, self.precision), "largest"):
-            self.stepper.rehearse(rows)
+            self.stepper.rehearse(self.plan.largest_steps(self.data.splits["train"].lengths))
 
     def without_memory(self, error: Exception) -> MemoryShortError:
         """Memory ran out where a smaller micro-batch is no help: while loading, in an update, in an evaluation."""
@@ -368,6 +376,7 @@ class _Run:
             self.unfreezing.at(step)
         known = step + 1 < self.plan.total_steps and self.plan.epoch_of(step + 1) == epoch
         result = self.stepper(step, rows, self.plan.batch(step + 1, self.order) if known else None)
+        self.freed.after_step()
         if result.applied:
             state.bad_in_a_row = 0
             if self.averaged:
@@ -437,6 +446,7 @@ class _Run:
         from regraft.engine.evaluation import in_short
 
         state, task, dev = self.state, self.data.task, self.data.splits["dev"]
+        self.freed.give_back()
         if self.averaged:
             self.averaged.swap()
         try:

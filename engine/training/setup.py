@@ -12,6 +12,7 @@ from regraft.engine.data.fast_tokenizer import FastTokenizer, load_fast_tokenize
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.examples import Examples
+from regraft.engine.heap import keep_freed_memory
 from regraft.engine.machine import cpu_has_bf16
 from regraft.engine.memory import host_memory
 from regraft.engine.methods.settings import VIRTUAL
@@ -146,19 +147,6 @@ def set_threads(config: RunConfig) -> int:
 def processes_here() -> int:
     """How many processes of this run share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed memory for the next step: returned to the system, 90 MB of gradients and all activations
-    would be mapped and zeroed again page by page in every step. False where the C library is another one."""
-    import ctypes
-
-    trim_threshold, mmap_max = -1, -4  # names in malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return False
-    return bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, 2**31 - 1))
 
 
 def choose_precision(config: RunConfig) -> str:

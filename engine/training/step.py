@@ -147,9 +147,9 @@ class Stepper:
             ) from error
         self.token_budget = max(longest, self.token_budget // 2)
 
-    def rehearse(self, batch_size: int) -> None:
-        """Forward and backward of the largest step there can be, forgotten again: what would run out of memory late
-        in an epoch does so now. Changes neither weights nor any later random number.
+    def rehearse(self, steps: Sequence[np.ndarray]) -> None:
+        """Forward and backward of these steps, the largest of the run, forgotten again: what would run out of memory late
+        in an epoch does so now. Changes neither weights nor any later random number. `steps`: rows of each.
 
         Raises MemoryShortError where not even one sequence at a time fits beside the optimizer's moments."""
         try:
@@ -158,14 +158,10 @@ class Stepper:
             if not out_of_memory(error):
                 raise
             raise MemoryShortError(f"out of memory for the optimizer's moments. Set {LESS_MEMORY}") from error
-        for rows in self.largest_steps(batch_size):
+        for rows in steps:
             self.gradients(0, rows)
             self.clear()
         del room
-
-    def largest_steps(self, batch_size: int) -> list[np.ndarray]:
-        """Rows of the steps that take the most memory."""
-        return [np.sort(np.argsort(-self.examples.lengths, kind="stable")[:batch_size])]
 
     def clear(self) -> None:
         """Forget all gradients."""

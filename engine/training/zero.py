@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,7 +149,9 @@ class Zero:
     ) -> dict[str, Any]:
         """Take a checkpoint: weights, moments and the count of steps."""
         if not self._states and self.stepper is not None:
-            self.stepper.rehearse(1)  # moments exist from the first step on
+            self.stepper.rehearse(
+                [self.stepper.examples.lengths.argmax(keepdims=True)]
+            )  # moments exist from the first step on
         self._link()
         self.put(weights, into)
         for name, value in weights.items():
@@ -220,12 +223,12 @@ class ZeroStepper(Stepper):
         if last:
             self.engine.step()
 
-    def rehearse(self, batch_size: int) -> None:
+    def rehearse(self, steps: Sequence[np.ndarray]) -> None:
         """A step at no learning rate, for its memory and so that moments exist; they are forgotten again."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        super().rehearse(batch_size)
+        super().rehearse(steps)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         self.shards.forget()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,35 @@ def test_the_rehearsal_has_the_moments_beside_it(make_config, monkeypatch, tight
     weight.grad = torch.ones(3, 5)
     optimizer.step()
     assert not room_for_moments(optimizer)
+
+
+FREED = """
+from regraft.engine.heap import FreedMemory, keep_freed_memory, resident
+
+if not keep_freed_memory():
+    raise SystemExit("another C library")
+freed, kept = FreedMemory(), []
+freed.after_step()
+before = resident()
+for size in range(100_000, 200_000, 100):  # 150 MB, and a small block that stays after each
+    large = [bytearray(size), bytearray(2_000)]
+    kept.append(large)
+small = [pair.pop() for pair in kept]
+kept.clear()
+held = resident()
+freed.after_step()
+print(before, held, resident())
+"""
+
+
+def test_freed_memory_is_kept_until_it_has_grown_and_is_then_given_back():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=False)
+    if "another C library" in done.stderr:
+        pytest.skip("another C library than glibc")
+    assert done.returncode == 0, done.stderr
+    before, held, after = map(int, done.stdout.split())
+    assert held - before > 100e6  # kept for the next step
+    assert after - before < 20e6
 
 
 def test_no_memory_in_the_first_update_is_an_error_that_says_what_to_set(make_config, monkeypatch):

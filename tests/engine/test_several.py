@@ -198,6 +198,22 @@ def test_a_step_leaves_the_heads_of_other_tasks_as_they_are(mixed):
     assert len(moved) == 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_steps_of_each_task_are_among_those_it_takes(seed):
+    rng = np.random.default_rng(seed)
+    sizes = tuple(int(n) for n in rng.integers(1, 80, 3))
+    steps = None if seed % 2 else int(rng.integers(1, 15))
+    plan = MixedPlan(sum(sizes), 7, seed, 2.5, steps, sizes=sizes, exponent=0.5)
+    lengths, owner = rng.integers(1, 100, plan.rows), np.repeat(np.arange(3), sizes)
+    taken = [plan.batch(step, plan.order(plan.epoch_of(step))) for step in range(plan.total_steps)]
+    found = plan.largest_steps(lengths)
+    for size in (np.sum, np.max):
+        for task in {int(owner[rows[0]]) for rows in taken}:
+            of_task = [[size(lengths[r]) for r in some if owner[r[0]] == task] for some in (taken, found)]
+            assert max(of_task[0]) == max(of_task[1])
+    assert all(any(np.array_equal(rows, other) for other in taken) for rows in found)
+
+
 def test_a_tasks_step_is_the_one_of_a_model_of_its_own(mixed):
     """Loss and gradients of a turn are those of transformers' own model on a padded batch; other heads get none."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -209,8 +225,9 @@ def test_a_tasks_step_is_the_one_of_a_model_of_its_own(mixed):
     run.prepare()
     run.build()
     ours, train_rows = run.running.model, run.data.splits["train"]
-    units = np.arange(12)
-    loss = run.stepper.gradients(0, units + train_rows.first_unit["mood"])
+    units, names = np.arange(12), list(train_rows.parts)
+    first = sum(len(train_rows.parts[name]) for name in names[: names.index("mood")])
+    loss = run.stepper.gradients(0, units + first)
     plain = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2).eval()
     plain.bert.load_state_dict(ours.backbone.state_dict())
     plain.classifier.load_state_dict(ours.heads[0].classifier.state_dict())

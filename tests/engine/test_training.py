@@ -115,6 +115,19 @@ def test_the_order_of_rows_comes_from_seed_and_epoch_alone():
     assert np.array_equal(plan.order(7), Plan(rows=103, batch_size=4, seed=3, epochs=9).order(7))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_largest_steps_are_found_among_those_a_run_takes(seed):
+    rng = np.random.default_rng(seed)
+    steps = None if seed % 2 else int(rng.integers(1, 20))
+    plan = Plan(int(rng.integers(1, 60)), int(rng.integers(1, 12)), seed, float(rng.uniform(0.1, 4)), steps)
+    lengths = rng.integers(1, 100, plan.rows)
+    taken = [plan.batch(step, plan.order(plan.epoch_of(step))) for step in range(plan.total_steps)]
+    found = plan.largest_steps(lengths)
+    for size in (np.sum, np.max):
+        assert max(size(lengths[rows]) for rows in found) == max(size(lengths[rows]) for rows in taken)
+    assert all(any(np.array_equal(rows, other) for other in taken) for rows in found)
+
+
 def test_processes_share_a_step_by_tokens():
     lengths = np.array([90, 10, 10, 10, 30, 30])
     shares = share_by_tokens(lengths, 2)
