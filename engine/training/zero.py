@@ -149,9 +149,8 @@ class Zero:
     ) -> dict[str, Any]:
         """Take a checkpoint: weights, moments and the count of steps."""
         if not self._states and self.stepper is not None:
-            self.stepper.rehearse(
-                [self.stepper.examples.lengths.argmax(keepdims=True)]
-            )  # moments exist from the first step on
+            longest = int(self.stepper.examples.lengths.argmax())
+            self.stepper.rehearse([np.array([longest])])  # moments exist from the first step on
         self._link()
         self.put(weights, into)
         for name, value in weights.items():
