@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-GROWTH, AT_LEAST = 0.05, 32 << 20  # of what is resident after a step, and bytes
+GROWTH, AT_LEAST = 0.1, 64 << 20  # of what is resident after a step, and bytes
+EVERY = 32  # steps at least, for the next one maps its pages anew: 70 ms for MiniLM
 
 
 @cache
@@ -39,20 +40,22 @@ class FreedMemory:
 
     def __init__(self) -> None:
         self._needed: int | None = None
+        self._steps = 0
 
     def after_step(self) -> None:
         """To be called after each step; the first one after memory was given back tells what a step needs."""
         held = resident()
+        self._steps += 1
         if self._needed is None:
             self._needed = held
-        elif held > self._needed + max(AT_LEAST, GROWTH * self._needed):
+        elif self._steps > EVERY and held > self._needed + max(AT_LEAST, GROWTH * self._needed):
             self.give_back()
 
     def give_back(self) -> None:
         """Give back every page that holds nothing, within the heap too."""
         if (libc := _libc()) is not None:
             libc.malloc_trim(0)
-        self._needed = None
+        self._needed, self._steps = None, 0
 
 
 def resident() -> int:

@@ -110,7 +110,7 @@ def test_the_rehearsal_has_the_moments_beside_it(make_config, monkeypatch, tight
 
 
 FREED = """
-from regraft.engine.heap import FreedMemory, keep_freed_memory, resident
+from regraft.engine.heap import EVERY, FreedMemory, keep_freed_memory, resident
 
 if not keep_freed_memory():
     raise SystemExit("another C library")
@@ -123,7 +123,8 @@ for size in range(100_000, 200_000, 100):  # 150 MB, and a small block that stay
 small = [pair.pop() for pair in kept]
 kept.clear()
 held = resident()
-freed.after_step()
+for step in range(EVERY):
+    freed.after_step()
 print(before, held, resident())
 """
 
