@@ -44,11 +44,10 @@ class FreedMemory:
 
     def after_step(self) -> None:
         """To be called after each step; the first one after memory was given back tells what a step needs."""
-        held = resident()
         self._steps += 1
         if self._needed is None:
-            self._needed = held
-        elif self._steps > EVERY and held > self._needed + max(AT_LEAST, GROWTH * self._needed):
+            self._needed = resident()
+        elif self._steps % EVERY == 0 and resident() > self._needed + max(AT_LEAST, GROWTH * self._needed):
             self.give_back()
 
     def give_back(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -144,3 +145,34 @@ def real_data() -> Path:
     if not (DATA / "glue-sst2").is_dir():
         pytest.skip(f"real data sets are not here: {DATA} (set REGRAFT_DATA)")
     return DATA
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A real file system of 1 MB, full but for a few KB: mounted, so the test is skipped where it may not be."""
+    disk = FullDisk(tmp_path / "disk")
+    yield disk
+    subprocess.run(["umount", "-l", disk.path], check=True)  # lazily: what a test mapped may still be
+
+
+class FullDisk:
+    def __init__(self, path: Path) -> None:
+        self.path, self._fill = path, path / "fill"
+        path.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", path], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount a small file system here: {done.stderr.decode().strip()}")
+        self.fill(leave=100_000)
+
+    def fill(self, leave: int = 0) -> None:
+        """Fill it up, but for about so many bytes."""
+        with self._fill.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"0" * 4096)
+        os.truncate(self._fill, max(0, self._fill.stat().st_size - leave))
+
+    def make_room(self) -> None:
+        self._fill.unlink()
+        subprocess.run(["mount", "-o", "remount,size=50m", self.path], check=True)

@@ -17,7 +17,7 @@ from regraft.engine.batches import collate_examples
 from regraft.engine.errors import MemoryShortError
 from regraft.engine.packing import split_by_tokens
 from regraft.engine.tasks import Task
-from regraft.engine.training.average import average_over_processes
+from regraft.engine.training.average import Average
 from regraft.engine.training.optimizer import clipped_step, gradient_norm, room_for_moments
 from regraft.engine.training.order import share_by_tokens
 
@@ -79,6 +79,7 @@ class Stepper:
     update: CapturedOptimizer | None = None
     shards: Any = None
     _ahead: tuple[tuple[int, int], list[MicroBatch], float] | None = None
+    _average: Average | None = None
 
     def __call__(self, step: int, rows: np.ndarray, following: np.ndarray | None = None) -> StepResult:
         """Take step number `step` over the units `rows`. `following`: those of the next step, where they are known."""
@@ -128,7 +129,9 @@ class Stepper:
             torch.cuda.empty_cache()
         processes = self.accelerator.num_processes
         if self.shards is None:
-            average_over_processes([p.grad for p in self.parameters if p.grad is not None], processes)
+            if self._average is None:
+                self._average = Average(processes)
+            self._average([p.grad for p in self.parameters if p.grad is not None])
         return self.accelerator.reduce(lost, reduction="mean") if processes > 1 else lost
 
     def _take_less(self, step: int, rows: np.ndarray, error: Exception) -> None:

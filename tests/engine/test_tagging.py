@@ -93,8 +93,9 @@ def tagging_config(make_config, conll):
 @given(st.lists(st.sampled_from(["O", "B-A", "I-A", "B-B", "I-B", "E-A", "S-A", "E-B", "S-B"]), max_size=12))
 @settings(max_examples=300, deadline=None)
 def test_spans_are_those_that_seqeval_finds(tags):
-    seqeval = pytest.importorskip("seqeval.metrics.sequence_labeling")
-    scheme = pytest.importorskip("seqeval.scheme")
+    import seqeval.metrics.sequence_labeling as seqeval
+    from seqeval import scheme
+
     assert chunks(tags) == [(a, b + 1, kind) for kind, a, b in seqeval.get_entities(tags)]
     for name, known in (("iob2", scheme.IOB2), ("bioes", scheme.IOBES)):
         mine = [tag for tag in tags if name == "bioes" or tag[0] in "BIO"]
