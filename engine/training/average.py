@@ -6,6 +6,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from regraft.engine.training.together import agreed
 
 MESSAGE_BYTES = 32 << 20  # enough that a network's latency does not show, and little beside the gradients
+Address = tuple[str, str, bytes]  # of memory: where its path holds, its path, and its last bytes
 SHARED_BYTES = 8 << 20  # of a message in shared memory: it stays in the processor's caches
 
 
@@ -82,10 +84,10 @@ class _Shared:
         try:
             own = _made(2 * SHARED_BYTES + len(mark))
             own[1][-len(mark) :] = mark
-            address: tuple[str, bytes] | None = (f"/proc/{os.getpid()}/fd/{own[0]}", mark)
+            address: Address | None = (_where(), f"/proc/{os.getpid()}/fd/{own[0]}", mark)
         except (OSError, AttributeError):  # no such memory, or not on this system
             address = None
-        addresses: list[tuple[str, bytes] | None] = [None] * processes
+        addresses: list[Address | None] = [None] * processes
         dist.all_gather_object(addresses, address)
         seen = [_seen(some) for some in addresses]
         everywhere = agreed(float(all(part is not None for part in seen)), "smallest") == 1.0
@@ -137,12 +139,21 @@ def _made(size: int) -> tuple[int, mmap.mmap]:
         raise
 
 
-def _seen(address: tuple[str, bytes] | None) -> mmap.mmap | None:
+def _where() -> str:
+    """Where numbers of processes mean the same: this start of this machine, and this container."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + str(
+        Path("/proc/self/ns/pid").readlink()
+    )
+
+
+def _seen(address: Address | None) -> mmap.mmap | None:
     """The memory at an address; None where this process cannot see it, on another machine or in another container."""
     if address is None:
         return None
-    path, mark = address
+    where, path, mark = address
     try:
+        if where != _where():
+            return None
         file = os.open(path, os.O_RDWR)
         try:
             found = mmap.mmap(file, 2 * SHARED_BYTES + len(mark))
