@@ -19,7 +19,7 @@ from torch import nn
 
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.errors import MemoryShortError, ModelError, RegraftError
-from regraft.engine.heap import resident
+from regraft.engine.heap import EVERY, resident
 from regraft.engine.memory import host_memory
 from regraft.engine.methods.plan_processes import of_one_process
 from regraft.engine.methods.settings import ADAPTERS, SECTIONS
@@ -154,8 +154,8 @@ def plan_run(config: RunConfig, *, alternatives: bool = True, processes: int = 1
     try:
         if run.stepper is None or guess.memory.peak - guess.memory.activations // 2 > _available():
             raise MemoryShortError("what is counted does not fit")
-        rate, watts, evaluating = _probe(run, steps)
-        peak = _peak_bytes()
+        rate, watts, grown, evaluating = _probe(run, steps)
+        peak = _peak_bytes() + grown
         chosen = _count(config.method, run.running.model, config, _activations(run, steps))
     except Exception as error:
         if not (isinstance(error, MemoryShortError) or out_of_memory(error)):
@@ -206,29 +206,31 @@ def _whole(counted: MethodPlan, model: Any, used: Any, config: RunConfig, rest: 
     return replace(counted, memory=of_one_process(counted.memory, model, config, processes))
 
 
-def _probe(run: Any, steps: Steps) -> tuple[float, float | None, int]:
+def _probe(run: Any, steps: Steps) -> tuple[float, float | None, int, int]:
     """Ten steps, the largest first, and the largest evaluation batch; tokens a second of the steps after the first, watts,
-    and bytes held after the evaluation (0 on a GPU)."""
+    bytes by which freed memory will have grown when it is given back, and bytes held after the evaluation (0 on a GPU)."""
     from regraft.engine.evaluation import evaluate
 
     run.stepper.rehearse(steps)
     tokens, seconds = 0, 0.0
     order = run.plan.order(0)
-    watts = []
+    watts, held = [], []
     for step in range(PROBE_STEPS):
         rows = run.plan.batch(step % run.plan.steps_per_epoch, order)
         began = time.perf_counter()
         tokens += run.stepper(step, rows).tokens
-        run.freed.after_step()
+        held.append(resident())
         seconds += time.perf_counter() - began
         watts.append(_watts())
     run.freed.give_back()
     # with its figures: what computes them is imported then, and stays
     evaluate(run.running, run.data.splits["dev"], run.data.task, accelerator=run.accelerator, most_batches=1)
-    held = 0 if torch.cuda.is_available() else resident()
+    evaluating = 0 if torch.cuda.is_available() else resident()
     run.set_training_mode()
     drawn = [w for w in watts if w is not None]
-    return tokens / max(seconds, 1e-9), max(drawn, default=None), held
+    more = max(min(EVERY, run.plan.total_steps) / PROBE_STEPS - 1, 0)
+    grown = 0 if torch.cuda.is_available() else int(max(held[-1] - held[0], 0) * more)
+    return tokens / max(seconds, 1e-9), max(drawn, default=None), grown, evaluating
 
 
 def _alternative(method: str, config: RunConfig, run: Any, steps: Steps, rest: Rest, processes: int) -> MethodPlan:
