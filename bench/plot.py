@@ -100,7 +100,7 @@ def panels(result: dict[str, Any], plt: Any) -> Figure:
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
         tidy(axis)
     better = "more is better" if result["higher_is_better"] else "less is better"
-    axes[-1, 0].set_xlabel(better if mixed else f"{result['unit']}, {better}", color=SOFT, fontsize=9.5)
+    axes[-1, 0].set_xlabel("" if mixed else f"{result['unit']}, {better}", color=SOFT, fontsize=9.5)
     return framed(figure, result, height)
 
 
