@@ -355,11 +355,9 @@ def _peak_bytes() -> int:
 
 def _available() -> int:
     """Bytes that this process may have in all."""
-    import psutil
-
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[1]
-    return host_memory() + psutil.Process().memory_info().rss
+    return host_memory() + resident()
 
 
 def _watts() -> float | None:

@@ -26,18 +26,13 @@ class Average:
     Processes of one machine without a GPU do it in memory that they share, all others through torch.distributed.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, device: torch.device) -> None:
+        """Every process has to call this too. `device`: of the gradients."""
         self.processes = processes
-        self._shared: _Shared | None = None
-        self._tried = False
+        self._shared = _Shared.of_all(processes) if processes > 1 and device.type == "cpu" else None
 
     @torch.no_grad()
     def __call__(self, gradients: Sequence[Tensor]) -> None:
-        if self.processes < 2:
-            return
-        if not self._tried:
-            self._tried = True
-            self._shared = _Shared.of_all(self.processes) if all(g.device.type == "cpu" for g in gradients) else None
         if self._shared is None:
             average_over_processes(gradients, self.processes)
             return

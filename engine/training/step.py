@@ -130,7 +130,7 @@ class Stepper:
         processes = self.accelerator.num_processes
         if self.shards is None:
             if self._average is None:
-                self._average = Average(processes)
+                self._average = Average(processes, self.accelerator.device)
             self._average([p.grad for p in self.parameters if p.grad is not None])
         return self.accelerator.reduce(lost, reduction="mean") if processes > 1 else lost
 

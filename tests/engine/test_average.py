@@ -22,7 +22,7 @@ if how == "no memory" and rank == 0:
         raise OSError("no memory")
     module._made = none
 draw = torch.Generator().manual_seed(rank)
-average, found = module.Average(count), []
+average, found = module.Average(count, torch.device("cpu")), []
 for step in range(5):
     shapes = [(3,), (), (700, 5), (1024,), (0, 4), (37, 11)]
     gradients = [torch.randn(s, generator=draw) for s in shapes] + [torch.randn(9, generator=draw).double()]
