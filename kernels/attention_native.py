@@ -1,10 +1,10 @@
-"""Attention within each sequence of a packed row in C, on CPU in fp32 (native_attention.c).
+"""Attention within each sequence of a packed row in C, on CPU (native_attention.c).
 
     out = dropout(softmax(scale * q k^T + mask)) v        for every sequence and head     (Vaswani et al. 2017)
 
-Shape: q [M, H, D], k, v [T, H, D] -> [M, H, D]; D a multiple of 16. Sequence b has queries cu_q[b] to cu_q[b + 1] and
+Shape: q [M, H, D], k, v [T, H, D] -> [M, H, D], all fp32 or all bf16, arithmetic in fp32; D a multiple of 16. Sequence b has queries cu_q[b] to cu_q[b + 1] and
 keys cu_k[b] to cu_k[b + 1]. FLOPs: 4 H D sum(m n), backward 2.5 times that (scores are made again); bytes moved: 4 (2 M
-+ 2 T) H D, backward twice that: nothing of size m n reaches memory (Dao et al. 2022).
++ 2 T) H D in fp32, backward twice that: nothing of size m n reaches memory (Dao et al. 2022).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from regraft.kernels.native import at
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "cu_q", "cu_k")),
-        *((name, ctypes.c_int64) for name in ("sequences", "heads", "d", "q_stride", "kv_stride", "longest", "window")),
+        *((name, ctypes.c_int64) for name in ("sequences", "heads", "d", "q_stride", "kv_stride")),
+        *((name, ctypes.c_int64) for name in ("longest", "window", "half")),
         *((name, ctypes.c_float) for name in ("scale", "factor")),
         ("threshold", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
@@ -32,7 +33,8 @@ class _Problem(ctypes.Structure):
 
 def runs_here(size: int, *tensors: Tensor) -> bool:
     """Whether heads of `size` of these tensors are attended in C."""
-    return size % 16 == 0 and native.takes(*tensors)
+    alike = len({x.dtype for x in tensors}) == 1
+    return alike and size % 16 == 0 and native.takes(*tensors)
 
 
 def merged_attention(
@@ -68,6 +70,7 @@ def _problem(
         q.stride(0),
         k.stride(0),
         longest,
+        half=int(q.dtype == torch.bfloat16),
         **options,
     )
 

@@ -1,15 +1,23 @@
-/* Vectors of eight fp32 numbers, their exponential, and random decisions that can be made again. */
+/* Vectors of eight fp32 numbers, their way from and to bf16, their exponential, and random decisions that can be made again. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#endif
 
 #define WIDE 8   /* numbers of a vector */
 #define TILE 16  /* columns of a tile: two vectors */
 #define BLOCK 16 /* rows whose gradients are summed before they join the sum of all */
 
+/* gcc leaves alone what is long, and with it every constant that a caller hands down. */
+#define INLINE static inline __attribute__((always_inline))
+
 typedef float vf __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(32), aligned(4), may_alias));
+
+typedef uint16_t vh __attribute__((vector_size(16), aligned(2), may_alias)); /* bf16: the upper half of an fp32 */
 
 static inline vf splat(float x) { return (vf){x, x, x, x, x, x, x, x}; }
 static inline vu splat_u(uint32_t x) { return (vu){x, x, x, x, x, x, x, x}; }
@@ -17,6 +25,27 @@ static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to;
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline float total(vf x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+
+/* Eight numbers from place `at` on of fp32 or, where `half`, of bf16. */
+INLINE vf load(const void *from, int64_t at, int half) {
+  if (!half) return *(const vf *)((const float *)from + at);
+  return (vf)(__builtin_convertvector(*(const vh *)((const uint16_t *)from + at), vu) << 16);
+}
+
+/* The same back; to bf16 with ties to even, and NaN stays NaN. */
+INLINE void store(void *to, int64_t at, vf x, int half) {
+  if (!half) {
+    *(vf *)((float *)to + at) = x;
+    return;
+  }
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+  *(vh *)((uint16_t *)to + at) = (vh)_mm256_cvtneps_pbh((__m256)x);
+#else
+  const vu bits = (vu)x, even = bits + splat_u(0x7FFF) + ((bits >> 16) & splat_u(1));
+  const vu nan = (vu)(x != x), kept = (even & ~nan) | ((bits | splat_u(0x400000)) & nan);
+  *(vh *)((uint16_t *)to + at) = __builtin_convertvector(kept >> 16, vh);
+#endif
+}
 
 /* e^x for x <= 0: two to the whole part, Taylor for what is left of |r| <= ln(2) / 2; below -87 it is nothing. NaN stays NaN. */
 static inline vf exponential(vf x) {

@@ -29,12 +29,13 @@ from regraft.kernels.dropout import LEVELS, scale_of
 # -march=native: what is compiled here runs here, and is kept under this processor's name
 FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-fPIC", "-std=gnu11")
 COMPILE_SECONDS = 120
+TYPES = (torch.float32, torch.bfloat16)
 _log = logging.getLogger("regraft.kernels")
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the native form runs on these: all fp32 on CPU, not traced, and plain torch not forced."""
-    plain = all(type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+    """Whether the native form runs on these: each fp32 or bf16 on CPU, not traced, and plain torch not forced."""
+    plain = all(type(x) is Tensor and x.device.type == "cpu" and x.dtype in TYPES for x in tensors)
     # asked last: it compiles the library, which a run on a GPU never needs
     return plain and not torch.compiler.is_compiling() and available()
 

@@ -1,4 +1,5 @@
-/* Attention within each sequence of a packed row, on CPU in fp32: one pass a head, nothing of size length^2 in memory.
+/* Attention within each sequence of a packed row, on CPU: one pass a head, nothing of size length^2 in memory. Rows in memory
+   are fp32 or bf16, arithmetic is in fp32.
 
    out_i = sum_j keep_ij / (1 - p) * softmax_j(scale * q_i k_j) * v_j,   j of i's own sequence, |i - j| <= window
 
@@ -8,44 +9,44 @@
 #include "native.h"
 #include <math.h>
 
-#define MR 4    /* rows of a tile */
+#ifdef __AVX512F__
+#define LANES 16 /* numbers of a register */
+#define MR 8     /* rows of a tile: as many sums at once as hide an addition's latency */
+#else
+#define LANES 8
+#define MR 4
+#endif
 #define ROWS 32 /* queries that are at work together */
 #define DEEP 8   /* terms of a sum in registers */
 
-/* c[MR][TILE] (+)= a[MR][n] b[n][TILE]; a's element (r, k) is a[r * ar + k * ak]. c is added last. */
-static inline void tile(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc,
-                        int64_t n, int add) {
-  vf x[MR], y[MR];
-  for (int r = 0; r < MR; r++) {
-    x[r] = splat(0.0f);
-    y[r] = splat(0.0f);
-  }
-  for (int64_t k = 0; k < n; k++) {
-    vf left = *(const vf *)(b + k * ldb), right = *(const vf *)(b + k * ldb + WIDE);
-    for (int r = 0; r < MR; r++) {
-      vf by = splat(a[r * ar + k * ak]);
-      x[r] += by * left;
-      y[r] += by * right;
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* c[MR][TILE] (+)= a[MR][DEEP] b[DEEP][TILE]; a's element (r, k) is a[r * ar + k * ak]. c is added last. */
+INLINE void tile(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc, int add) {
+  lanes x[MR][TILE / LANES];
+  for (int k = 0; k < DEEP; k++)
+    for (int l = 0; l < TILE / LANES; l++) {
+      const lanes row = *(const lanes *)(b + k * ldb + l * LANES);
+      for (int r = 0; r < MR; r++) x[r][l] = k ? x[r][l] + a[r * ar + k * ak] * row : a[r * ar] * row;
     }
-  }
-  for (int r = 0; r < MR; r++) {
-    vf *to = (vf *)(c + r * ldc), *next = (vf *)(c + r * ldc + WIDE);
-    if (add) {
-      x[r] += *to;
-      y[r] += *next;
+  for (int r = 0; r < MR; r++)
+    for (int l = 0; l < TILE / LANES; l++) {
+      lanes *to = (lanes *)(c + r * ldc + l * LANES);
+      if (add) x[r][l] += *to;
+      *to = x[r][l];
     }
-    *to = x[r];
-    *next = y[r];
-  }
 }
 
-/* c[m][w] (+)= a[m][n] b[n][w]; m a multiple of MR, w of TILE. Sums of up to DEEP terms are summed: rounding grows less. */
-static inline void product(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc,
-                           int64_t m, int64_t n, int64_t w, int add) {
+/* c[m][w] (+)= a[m][n] b[n][w]; m and n multiples of DEEP, w of TILE. Sums of DEEP terms are summed: rounding grows less. */
+static void product(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t m,
+                    int64_t n, int64_t w, int add) {
   for (int64_t k = 0; k < n; k += DEEP)
     for (int64_t j = 0; j < w; j += TILE)
       for (int64_t i = 0; i < m; i += MR)
-        tile(a + i * ar + k * ak, ar, ak, b + k * ldb + j, ldb, c + i * ldc + j, ldc, least(DEEP, n - k), add || k);
+        if (ak == 1)
+          tile(a + i * ar + k, ar, 1, b + k * ldb + j, ldb, c + i * ldc + j, ldc, add || k);
+        else
+          tile(a + i + k * ak, 1, ak, b + k * ldb + j, ldb, c + i * ldc + j, ldc, add || k);
 }
 
 /* Columns that a query at `i` may see: [from, to) of n. */
@@ -76,8 +77,11 @@ static Space divide(float *at, int64_t wide, int64_t d, int backward) {
   return w;
 }
 
-static inline void gather(float *to, const float *from, int64_t stride, int64_t n, int64_t padded, int64_t d) {
-  for (int64_t i = 0; i < n; i++) memcpy(to + i * d, from + i * stride, d * sizeof(float));
+/* Rows of d numbers from place `from` of `base` on, `stride` apart, one below the other. */
+static void gather(float *to, const void *base, int64_t from, int64_t stride, int64_t n, int64_t padded, int64_t d,
+                          int half) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j < d; j += WIDE) *(vf *)(to + i * d + j) = load(base, from + i * stride + j, half);
   memset(to + n * d, 0, (padded - n) * d * sizeof(float));
 }
 
@@ -99,18 +103,20 @@ static inline void transpose(vf row[8]) {
   }
 }
 
-static inline void gather_transposed(float *to, const float *from, int64_t stride, int64_t n, int64_t wide, int64_t d) {
+static void gather_transposed(float *to, const void *base, int64_t from, int64_t stride, int64_t n, int64_t wide,
+                                     int64_t d, int half) {
   for (int64_t i = 0; i < wide; i += WIDE)
     for (int64_t c = 0; c < d; c += WIDE) {
       vf rows[8];
-      for (int r = 0; r < 8; r++) rows[r] = i + r < n ? *(const vf *)(from + (i + r) * stride + c) : splat(0.0f);
+      for (int r = 0; r < 8; r++) rows[r] = i + r < n ? load(base, from + (i + r) * stride + c, half) : splat(0.0f);
       transpose(rows);
       for (int r = 0; r < 8; r++) *(vf *)(to + (c + r) * wide + i) = rows[r];
     }
 }
 
-static inline void scatter(float *to, int64_t stride, const float *from, int64_t n, int64_t d) {
-  for (int64_t i = 0; i < n; i++) memcpy(to + i * stride, from + i * d, d * sizeof(float));
+static void scatter(void *base, int64_t to, int64_t stride, const float *from, int64_t n, int64_t d, int half) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t j = 0; j < d; j += WIDE) store(base, to + i * stride + j, *(const vf *)(from + i * d + j), half);
 }
 
 /* 1 or 0 bits throughout for the columns of [from, to) among j to j + 7. */
@@ -147,27 +153,28 @@ static inline float weigh(float *s, float scale, int64_t from, int64_t to, int64
 }
 
 typedef struct {
-  const float *q, *k, *v;                /* of one head: row t is at q + t * q_stride, k and v + t * kv_stride */
+  const void *q, *k, *v;                 /* of one head: row t is at q + t * q_stride, k and v + t * kv_stride */
   const int32_t *cu_q, *cu_k;            /* [sequences + 1] */
   int64_t sequences, heads, d, q_stride, kv_stride, longest, window;
+  int64_t half;                          /* these and all results in bf16 */
   float scale, factor;
   uint32_t threshold;                    /* of 65536: the decisions below it are dropped */
   uint64_t seed;
 } Problem;
 
-static inline void forward_of(const Problem *p, Space w, int64_t b, int64_t h, float *out) {
+static void forward_of(const Problem *p, Space w, int64_t b, int64_t h, void *out) {
   const int64_t d = p->d, m = p->cu_q[b + 1] - p->cu_q[b], n = p->cu_k[b + 1] - p->cu_k[b], wide = up(n, TILE);
   const int64_t first = p->cu_q[b], row = p->heads * d;
   if (!m) return;
-  const float *k = p->k + p->cu_k[b] * p->kv_stride + h * d, *v = p->v + p->cu_k[b] * p->kv_stride + h * d;
-  gather_transposed(w.kt, k, p->kv_stride, n, wide, d);
-  gather(w.v, v, p->kv_stride, n, wide, d);
+  const int64_t place = p->cu_k[b] * p->kv_stride + h * d;
+  gather_transposed(w.kt, p->k, place, p->kv_stride, n, wide, d, p->half);
+  gather(w.v, p->v, place, p->kv_stride, n, wide, d, p->half);
   for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
-    int64_t rows = least(ROWS, m - i0), padded = up(rows, MR), from, to, last;
+    int64_t rows = least(ROWS, m - i0), padded = up(rows, DEEP), from, to, last;
     visible(i0, n, p->window, &from, &last);
     visible(i0 + rows - 1, n, p->window, &last, &to);
     const int64_t start = from / TILE * TILE, end = up(to, TILE);
-    gather(w.q, p->q + (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d);
+    gather(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d, p->half);
     product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, end - start, 0);
     for (int64_t i = 0; i < rows; i++) {
       float *s = w.s + i * wide;
@@ -187,26 +194,26 @@ static inline void forward_of(const Problem *p, Space w, int64_t b, int64_t h, f
     }
     for (int64_t i = rows; i < padded; i++) memset(w.s + i * wide + start, 0, (end - start) * sizeof(float));
     product(w.s + start, wide, 1, w.v + start * d, d, w.out, d, padded, end - start, d, 0);
-    scatter(out + (first + i0) * row + h * d, row, w.out, rows, d);
+    scatter(out, (first + i0) * row + h * d, row, w.out, rows, d, p->half);
   }
 }
 
-static inline void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const float *grad, float *dq,
-                               float *dk, float *dv) {
+static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const void *grad, void *dq,
+                               void *dk, void *dv) {
   const int64_t d = p->d, m = p->cu_q[b + 1] - p->cu_q[b], n = p->cu_k[b + 1] - p->cu_k[b], wide = up(n, TILE);
   const int64_t first = p->cu_q[b], row = p->heads * d, place = p->cu_k[b] * p->kv_stride + h * d;
-  gather_transposed(w.kt, p->k + place, p->kv_stride, n, wide, d);
-  gather_transposed(w.vt, p->v + place, p->kv_stride, n, wide, d);
-  gather(w.k, p->k + place, p->kv_stride, n, wide, d);
+  gather_transposed(w.kt, p->k, place, p->kv_stride, n, wide, d, p->half);
+  gather_transposed(w.vt, p->v, place, p->kv_stride, n, wide, d, p->half);
+  gather(w.k, p->k, place, p->kv_stride, n, wide, d, p->half);
   memset(w.dk, 0, wide * d * sizeof(float));
   memset(w.dv, 0, wide * d * sizeof(float));
   for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
-    int64_t rows = least(ROWS, m - i0), padded = up(rows, MR), from, to, last;
+    int64_t rows = least(ROWS, m - i0), padded = up(rows, DEEP), from, to, last;
     visible(i0, n, p->window, &from, &last);
     visible(i0 + rows - 1, n, p->window, &last, &to);
     const int64_t start = from / TILE * TILE, end = up(to, TILE), columns = end - start;
-    gather(w.q, p->q + (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d);
-    gather(w.g, grad + (first + i0) * row + h * d, row, rows, padded, d);
+    gather(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d, p->half);
+    gather(w.g, grad, (first + i0) * row + h * d, row, rows, padded, d, p->half);
     product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, columns, 0);
     product(w.g, d, 1, w.vt + start, wide, w.slope + start, wide, padded, d, columns, 0);
     for (int64_t i = 0; i < rows; i++) {
@@ -249,24 +256,16 @@ static inline void backward_of(const Problem *p, Space w, int64_t b, int64_t h, 
       memset(w.slope + i * wide + start, 0, columns * sizeof(float));
     }
     product(w.slope + start, wide, 1, w.k + start * d, d, w.dq, d, padded, columns, d, 0);
-    scatter(dq + (first + i0) * p->q_stride + h * d, p->q_stride, w.dq, rows, d);
+    scatter(dq, (first + i0) * p->q_stride + h * d, p->q_stride, w.dq, rows, d, p->half);
     product(w.slope + start, 1, wide, w.q, d, w.dk + start * d, d, columns, padded, d, 1);
     product(w.s + start, 1, wide, w.g, d, w.dv + start * d, d, columns, padded, d, 1);
   }
-  scatter(dk + place, p->kv_stride, w.dk, n, d);
-  scatter(dv + place, p->kv_stride, w.dv, n, d);
+  scatter(dk, place, p->kv_stride, w.dk, n, d, p->half);
+  scatter(dv, place, p->kv_stride, w.dv, n, d, p->half);
 }
 
-/* The size of a head as a constant, so that its loops are unrolled. */
-#define WITH_SIZE(p, call)                                                                                             \
-  switch ((p)->d) {                                                                                                    \
-    case 32: { Problem known = *(p); known.d = 32; const Problem *problem = &known; call; break; }                     \
-    case 64: { Problem known = *(p); known.d = 64; const Problem *problem = &known; call; break; }                     \
-    default: { const Problem *problem = (p); call; }                                                                   \
-  }
-
 /* Without `grad`, attention into `out`; with it, the gradients for q (into `out`), k and v. All rows are written. Returns 0, or 1 where there is no memory left for a thread to work in. */
-int regraft_attention(const Problem *p, const float *grad, float *out, float *dk, float *dv, int threads) {
+int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, void *dv, int threads) {
   int failed = 0;
   const int64_t pieces = p->sequences * p->heads;
 #pragma omp parallel num_threads(threads)
@@ -283,9 +282,9 @@ int regraft_attention(const Problem *p, const float *grad, float *out, float *dk
       const int64_t b = piece / p->heads, h = piece % p->heads;
       const Space w = divide(memory, up(p->cu_k[b + 1] - p->cu_k[b], TILE), p->d, grad != NULL);
       if (grad) {
-        WITH_SIZE(p, backward_of(problem, w, b, h, grad, out, dk, dv));
+        backward_of(p, w, b, h, grad, out, dk, dv);
       } else {
-        WITH_SIZE(p, forward_of(problem, w, b, h, out));
+        forward_of(p, w, b, h, out);
       }
     }
     free(memory);

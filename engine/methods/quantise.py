@@ -12,6 +12,7 @@ from regraft.engine.errors import ModelError
 from regraft.engine.methods.settings import QuantiseSettings
 from regraft.engine.methods.walk import backbone_linears
 from regraft.kernels.int8_linear import Int8Linear
+from regraft.kernels.nf4 import NF4Weight, dequantise, nf4_linear
 
 
 def quantise_backbone(model: Any, method: str, settings: QuantiseSettings, precision: str = "fp32") -> None:
@@ -45,11 +46,24 @@ def _nf4_maker(settings: QuantiseSettings, precision: str) -> Any:
         new.weight = bnb.nn.Params4bit(
             old.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=settings.double
         )
+        # On CPUs with bf16 products bitsandbytes packs the weights anew in the first forward that needs no gradient, in place
+        # and with scales cut to bf16: an evaluation would change the model that is trained, and small layers fail.
+        new.support_avx512bf16_for_cpu = False
         if old.bias is not None:
             new.bias = nn.Parameter(old.bias.data, requires_grad=False)
-        return new.to(old.weight.device)  # this quantises
+        new = new.to(old.weight.device)  # this quantises
+        if old.in_features % new.weight.quant_state.blocksize:
+            new.forward = _linear_forward.__get__(new)
+        return new
 
     return make
+
+
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    # With AVX512, bitsandbytes 0.50 takes wrong scales for rows that end within a block of 64 numbers.
+    dtype = self.compute_dtype or x.dtype
+    bias = None if self.bias is None else self.bias.to(dtype)
+    return nf4_linear(x.to(dtype), NF4Weight.of(self.weight), bias).to(x.dtype)
 
 
 def import_bitsandbytes(what: str) -> Any:
@@ -66,7 +80,5 @@ def whole_weight(module: nn.Module) -> Tensor:
     if isinstance(module, Int8Linear):
         return module.whole_weight()
     if getattr(weight, "quant_state", None) is not None:
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(weight.data, weight.quant_state).float()
+        return dequantise(NF4Weight.of(weight), torch.float32)
     return weight.detach().float()

@@ -48,7 +48,8 @@ def test_rows_left_out_decay_as_adamw_would_have_decayed_them():
 
 
 def test_a_run_saves_the_table_that_training_all_of_it_gives(make_config, tmp_path):
-    path = make_config(model={"dropout": 0.0}, training={"ema": 0.8, "weight_decay": 0.5, "learning_rate": 1e-2})
+    training = {"ema": 0.8, "weight_decay": 0.5, "learning_rate": 1e-2, "precision": "fp32"}
+    path = make_config(model={"dropout": 0.0}, training=training)
     tables = []
     for name in ("auto", "off"):
         train(load_config(path, [f"run={tmp_path / name}", f"model.kernels={name}"]), quiet=True)
@@ -56,7 +57,8 @@ def test_a_run_saves_the_table_that_training_all_of_it_gives(make_config, tmp_pa
     key = "bert.embeddings.word_embeddings.weight"
     assert tables[0][key].shape == tables[1][key].shape
     for name, value in tables[0].items():
-        assert torch.allclose(value, tables[1][name], atol=2e-5), name
+        # a softmax does not see what is added to all its scores: the gradient of the keys' bias is rounding and nothing else
+        assert name.endswith("key.bias") or torch.allclose(value, tables[1][name], atol=2e-5), name
 
 
 def test_under_an_adapter_rows_that_no_text_names_are_not_held_and_nothing_else_changes(make_config, tmp_path):

@@ -31,7 +31,8 @@ def fresh(*shape: int) -> Tensor:
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("size", [16, 32, 64, 96])
 @pytest.mark.parametrize("window", [None, 0, 4, 64])
-def test_attention_is_as_near_to_fp64_as_plain_torch(lengths, size, window):
+@pytest.mark.parametrize("dtype", native.TYPES, ids=["fp32", "bf16"])
+def test_attention_is_as_near_to_fp64_as_plain_torch(lengths, size, window, dtype):
     cu, scale = starts(lengths), size**-0.5
 
     def ours(qkv: Tensor) -> Tensor:
@@ -40,11 +41,12 @@ def test_attention_is_as_near_to_fp64_as_plain_torch(lengths, size, window):
     def plain(qkv: Tensor) -> Tensor:
         return attention_by_sequence(*qkv.unbind(1), lengths, scale, window)
 
-    hold_to_twice_the_error(ours, plain, [fresh(sum(lengths), 3, 2, size)], torch.float32, form="auto", names=["qkv"])
+    hold_to_twice_the_error(ours, plain, [fresh(sum(lengths), 3, 2, size)], dtype, form="auto", names=["qkv"])
 
 
 @pytest.mark.parametrize("lengths", [[1, 4, 33], [7, 7]])
-def test_one_query_a_sequence_is_as_near_to_fp64_as_plain_torch(lengths):
+@pytest.mark.parametrize("dtype", native.TYPES, ids=["fp32", "bf16"])
+def test_one_query_a_sequence_is_as_near_to_fp64_as_plain_torch(lengths, dtype):
     layout = plan_layout(lengths, starts(lengths))
     rows = (fresh(len(lengths), 3, 32), fresh(sum(lengths), 3, 32), fresh(sum(lengths), 3, 32))
 
@@ -56,7 +58,7 @@ def test_one_query_a_sequence_is_as_near_to_fp64_as_plain_torch(lengths):
         parts = zip(q, k.split(lengths), v.split(lengths), strict=True)
         return torch.stack([attention_by_sequence(a[None], b, c, [1], 0.2, keys=[len(b)])[0] for a, b, c in parts])
 
-    hold_to_twice_the_error(ours, plain, rows, torch.float32, form="auto", names="qkv")
+    hold_to_twice_the_error(ours, plain, rows, dtype, form="auto", names="qkv")
 
 
 def attended(qkv: Tensor, lengths: list[int], p: float, seed: int) -> Tensor:
@@ -114,7 +116,8 @@ def test_the_same_bits_whatever_the_number_of_threads():
 
 @pytest.mark.parametrize("shape", [(1, 16), (1025, 384), (3, 5, 1008)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_norm_is_as_near_to_fp64_as_plain_torch(shape, has_bias):
+@pytest.mark.parametrize("dtype", native.TYPES, ids=["fp32", "bf16"])
+def test_norm_is_as_near_to_fp64_as_plain_torch(shape, has_bias, dtype):
     inputs = [fresh(*shape), fresh(*shape), fresh(shape[-1]), *([fresh(shape[-1])] if has_bias else [])]
 
     def ours(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -123,7 +126,33 @@ def test_norm_is_as_near_to_fp64_as_plain_torch(shape, has_bias):
     def plain(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.layer_norm(x + residual, shape[-1:], weight, bias, 1e-12)
 
-    hold_to_twice_the_error(ours, plain, inputs, torch.float32, form="auto")
+    hold_to_twice_the_error(ours, plain, inputs, dtype, form="auto")
+
+
+@pytest.mark.parametrize("halves", [(True, False), (False, True)], ids=["x", "residual"])
+def test_norm_of_bf16_and_fp32_together_is_in_fp32(halves):
+    # what autocast hands over: the output of a product in bf16, the sum that runs through the layers in fp32
+    x, residual = (torch.randn(37, 64).bfloat16() if half else torch.randn(37, 64) for half in halves)
+    weight, bias, slope = torch.randn(64), torch.randn(64), torch.randn(37, 64)
+    tensors = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    out = norm_native.dropout_add_layer_norm(*tensors, eps=1e-12, p=0.0)
+    found = (out, *torch.autograd.grad(out, tensors, slope))
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = nn.functional.layer_norm(exact[0] + exact[1], (64,), exact[2], exact[3], 1e-12)
+    wanted = (wanted, *torch.autograd.grad(wanted, exact, slope.double()))
+    assert [t.dtype for t in found] == [torch.float32, *(t.dtype for t in tensors)]
+    for mine, theirs in zip(found, wanted, strict=True):
+        rounding = 2**-8 if mine.dtype == torch.bfloat16 else 2e-6
+        torch.testing.assert_close(mine.double(), theirs, rtol=rounding, atol=20 * 2e-6)
+
+
+def test_bf16_keeps_what_is_not_a_number_and_rounds_ties_to_even():
+    # without residual's part and with a weight of 1, y is the row itself, shifted: all that is left is the way into bf16
+    ties = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, -1.0 - 2**-8, 2.0**-20] * 4)
+    x, zero = torch.zeros(2, 16, dtype=torch.bfloat16), torch.zeros(2, 16, dtype=torch.bfloat16)
+    x[1, 3] = float("nan")
+    out = norm_native.dropout_add_layer_norm(x, zero, torch.zeros(16), ties, eps=1e-5, p=0.0)
+    assert torch.equal(out[0], ties.bfloat16()) and torch.isnan(out[1]).all()
 
 
 def test_norm_drops_alike_in_both_directions():
@@ -156,7 +185,7 @@ def test_plain_torch_can_be_forced():
     assert native.takes(x)
     with forced("reference"):
         assert not native.takes(x)
-    assert not native.takes(x.double()) and not native.takes(x.bfloat16())
+    assert not native.takes(x.double()) and not native.takes(x.half())
 
 
 @pytest.mark.parametrize(
