@@ -86,7 +86,7 @@ def _compiled() -> Path:
     openmp = _loaded_openmp()
     here = Path(__file__).parent
     sources = sorted(here.glob("native_*.c"))
-    texts = [path.read_bytes() for path in (*sources, here / "native.h")]
+    texts = [path.read_bytes() for path in (*sources, *sorted(here.glob("native*.h")))]
     made_of = [*texts, *map(str.encode, (*FLAGS, compiler, str(openmp), _processor()))]
     kept = _folder() / f"{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:20]}.so"
     if not kept.is_file():

@@ -264,10 +264,17 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
   scatter(dv, place, p->kv_stride, w.dv, n, d, p->half);
 }
 
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#include "native_attention_tiles.h"
+#endif
+
 /* Without `grad`, attention into `out`; with it, the gradients for q (into `out`), k and v. All rows are written. Returns 0, or 1 where there is no memory left for a thread to work in. */
 int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, void *dv, int threads) {
   int failed = 0;
   const int64_t pieces = p->sequences * p->heads;
+#ifdef SIDE
+  if (p->half && p->d % SIDE == 0 && tiles_allowed()) return attention_tiled(p, grad, out, dk, dv, threads);
+#endif
 #pragma omp parallel num_threads(threads)
   {
     float *memory = NULL;
