@@ -1,4 +1,4 @@
-/* Vectors of eight fp32 numbers, their way from and to bf16, their exponential, and random decisions that can be made again. */
+/* Vectors of fp32 numbers, their way from and to bf16, their exponential, and random decisions that can be made again. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -6,27 +6,40 @@
 #include <immintrin.h>
 #endif
 
-#define WIDE 8   /* numbers of a vector */
-#define TILE 16  /* columns of a tile: two vectors */
-#define BLOCK 16 /* rows whose gradients are summed before they join the sum of all */
+/* Numbers of a vector. A file that wants long ones, where the processor has them, says so before it includes this. */
+#if defined(WANTS_LONG_VECTORS) && defined(__AVX512F__)
+#define WIDE 16
+#define ALL(x) {x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}
+#define COUNT {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
+#else
+#define WIDE 8
+#define ALL(x) {x, x, x, x, x, x, x, x}
+#define COUNT {0, 1, 2, 3, 4, 5, 6, 7}
+#endif
+#define TILE (2 * WIDE) /* columns of a tile: two vectors */
+#define BLOCK 16        /* rows whose gradients are summed before they join the sum of all */
 
 /* gcc leaves alone what is long, and with it every constant that a caller hands down. */
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float vf __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t vi __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t vu __attribute__((vector_size(32), aligned(4), may_alias));
+#define VECTOR(bytes, align) __attribute__((vector_size(bytes), aligned(align), may_alias))
+typedef float vf VECTOR(4 * WIDE, 4);
+typedef int32_t vi VECTOR(4 * WIDE, 4);
+typedef uint32_t vu VECTOR(4 * WIDE, 4);
+typedef uint16_t vh VECTOR(2 * WIDE, 2); /* bf16: the upper half of an fp32 */
 
-typedef uint16_t vh __attribute__((vector_size(16), aligned(2), may_alias)); /* bf16: the upper half of an fp32 */
-
-static inline vf splat(float x) { return (vf){x, x, x, x, x, x, x, x}; }
-static inline vu splat_u(uint32_t x) { return (vu){x, x, x, x, x, x, x, x}; }
+static inline vf splat(float x) { return (vf)ALL(x); }
+static inline vu splat_u(uint32_t x) { return (vu)ALL(x); }
 static inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline float total(vf x) { return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7])); }
+static inline float total(vf x) {
+  for (int apart = WIDE / 2; apart; apart /= 2)
+    for (int i = 0; i < apart; i++) x[i] += x[i + apart];
+  return x[0];
+}
 
-/* Eight numbers from place `at` on of fp32 or, where `half`, of bf16. */
+/* A vector from place `at` on of fp32 or, where `half`, of bf16. */
 INLINE vf load(const void *from, int64_t at, int half) {
   if (!half) return *(const vf *)((const float *)from + at);
   return (vf)(__builtin_convertvector(*(const vh *)((const uint16_t *)from + at), vu) << 16);
@@ -39,7 +52,11 @@ INLINE void store(void *to, int64_t at, vf x, int half) {
     return;
   }
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#if WIDE == 16
+  *(vh *)((uint16_t *)to + at) = (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
   *(vh *)((uint16_t *)to + at) = (vh)_mm256_cvtneps_pbh((__m256)x);
+#endif
 #else
   const vu bits = (vu)x, even = bits + splat_u(0x7FFF) + ((bits >> 16) & splat_u(1));
   const vu nan = (vu)(x != x), kept = (even & ~nan) | ((bits | splat_u(0x400000)) & nan);
@@ -76,7 +93,7 @@ static inline uint64_t row_key(uint64_t seed, uint64_t place) {
   return z ^ (z >> 31);
 }
 
-/* 32 random bits for each of 8 numbers: a multiply-xorshift hash with the key before and amid it. */
+/* 32 random bits for each number of a vector: a multiply-xorshift hash with the key before and amid it. */
 static inline vu random_bits(uint64_t key, vu number) {
   vu x = number * splat_u(0x9E3779B9u) + splat_u((uint32_t)key);
   x ^= x >> 16;
@@ -87,10 +104,10 @@ static inline vu random_bits(uint64_t key, vu number) {
   return x ^ (x >> 16);
 }
 
-/* keep / (1 - p) for columns j to j + 15 of one row: 16 bits decide, as everywhere. */
+/* keep / (1 - p) for columns j to j + TILE - 1 of one row: 16 bits decide, as everywhere. */
 static inline void kept(uint64_t key, int64_t j, uint32_t threshold, float factor, vf *left, vf *right) {
   uint32_t at = (uint32_t)(j / 2);
-  vu bits = random_bits(key, splat_u(at) + (vu){0, 1, 2, 3, 4, 5, 6, 7});
+  vu bits = random_bits(key, splat_u(at) + (vu)COUNT);
   vi low = (vi)((bits & splat_u(0xFFFFu)) >= splat_u(threshold)), high = (vi)((bits >> 16) >= splat_u(threshold));
   *left = (vf)((vi)splat(factor) & low);
   *right = (vf)((vi)splat(factor) & high);

@@ -6,6 +6,7 @@
    Every (sequence, head) is one piece of work. Its keys, transposed, and its values are gathered into memory of the
    thread's own; then ROWS queries at a time meet all their keys. The backward makes the probabilities again from q and
    k, and the dropout decisions again from the seed (after Dao et al. 2022). */
+#define WANTS_LONG_VECTORS
 #include "native.h"
 #include <math.h>
 
@@ -16,32 +17,36 @@
 #define LANES 8
 #define MR 4
 #endif
-#define ROWS 32 /* queries that are at work together */
-#define DEEP 8   /* terms of a sum in registers */
+#define ROWS 32   /* queries that are at work together */
+#define DEEP 8     /* terms of a sum in registers */
+#define COLUMNS 16 /* of a product in registers */
+#define SQUARE 8   /* rows and columns that are transposed together */
 
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float lanes VECTOR(4 * LANES, 4);
+typedef float v8 VECTOR(32, 4);
+typedef int32_t v8i VECTOR(32, 4);
 
-/* c[MR][TILE] (+)= a[MR][DEEP] b[DEEP][TILE]; a's element (r, k) is a[r * ar + k * ak]. c is added last. */
+/* c[MR][COLUMNS] (+)= a[MR][DEEP] b[DEEP][COLUMNS]; a's element (r, k) is a[r * ar + k * ak]. c is added last. */
 INLINE void tile(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc, int add) {
-  lanes x[MR][TILE / LANES];
+  lanes x[MR][COLUMNS / LANES];
   for (int k = 0; k < DEEP; k++)
-    for (int l = 0; l < TILE / LANES; l++) {
+    for (int l = 0; l < COLUMNS / LANES; l++) {
       const lanes row = *(const lanes *)(b + k * ldb + l * LANES);
       for (int r = 0; r < MR; r++) x[r][l] = k ? x[r][l] + a[r * ar + k * ak] * row : a[r * ar] * row;
     }
   for (int r = 0; r < MR; r++)
-    for (int l = 0; l < TILE / LANES; l++) {
+    for (int l = 0; l < COLUMNS / LANES; l++) {
       lanes *to = (lanes *)(c + r * ldc + l * LANES);
       if (add) x[r][l] += *to;
       *to = x[r][l];
     }
 }
 
-/* c[m][w] (+)= a[m][n] b[n][w]; m and n multiples of DEEP, w of TILE. Sums of DEEP terms are summed: rounding grows less. */
+/* c[m][w] (+)= a[m][n] b[n][w]; m and n multiples of DEEP, w of COLUMNS. Sums of DEEP terms are summed: rounding grows less. */
 static void product(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t m,
                     int64_t n, int64_t w, int add) {
   for (int64_t k = 0; k < n; k += DEEP)
-    for (int64_t j = 0; j < w; j += TILE)
+    for (int64_t j = 0; j < w; j += COLUMNS)
       for (int64_t i = 0; i < m; i += MR)
         if (ak == 1)
           tile(a + i * ar + k, ar, 1, b + k * ldb + j, ldb, c + i * ldc + j, ldc, add || k);
@@ -86,31 +91,37 @@ static void gather(float *to, const void *base, int64_t from, int64_t stride, in
 }
 
 /* Eight rows of eight, transposed. */
-static inline void transpose(vf row[8]) {
-  vf a[8], b[8];
+static inline void transpose(v8 row[SQUARE]) {
+  v8 a[SQUARE], b[SQUARE];
   for (int i = 0; i < 8; i += 2) {
-    a[i] = __builtin_shuffle(row[i], row[i + 1], (vi){0, 8, 2, 10, 4, 12, 6, 14});
-    a[i + 1] = __builtin_shuffle(row[i], row[i + 1], (vi){1, 9, 3, 11, 5, 13, 7, 15});
+    a[i] = __builtin_shuffle(row[i], row[i + 1], (v8i){0, 8, 2, 10, 4, 12, 6, 14});
+    a[i + 1] = __builtin_shuffle(row[i], row[i + 1], (v8i){1, 9, 3, 11, 5, 13, 7, 15});
   }
   for (int i = 0; i < 8; i += 4)
     for (int k = 0; k < 2; k++) {
-      b[i + k] = __builtin_shuffle(a[i + k], a[i + k + 2], (vi){0, 1, 8, 9, 4, 5, 12, 13});
-      b[i + k + 2] = __builtin_shuffle(a[i + k], a[i + k + 2], (vi){2, 3, 10, 11, 6, 7, 14, 15});
+      b[i + k] = __builtin_shuffle(a[i + k], a[i + k + 2], (v8i){0, 1, 8, 9, 4, 5, 12, 13});
+      b[i + k + 2] = __builtin_shuffle(a[i + k], a[i + k + 2], (v8i){2, 3, 10, 11, 6, 7, 14, 15});
     }
   for (int i = 0; i < 4; i++) {
-    row[i] = __builtin_shuffle(b[i], b[i + 4], (vi){0, 1, 2, 3, 8, 9, 10, 11});
-    row[i + 4] = __builtin_shuffle(b[i], b[i + 4], (vi){4, 5, 6, 7, 12, 13, 14, 15});
+    row[i] = __builtin_shuffle(b[i], b[i + 4], (v8i){0, 1, 2, 3, 8, 9, 10, 11});
+    row[i + 4] = __builtin_shuffle(b[i], b[i + 4], (v8i){4, 5, 6, 7, 12, 13, 14, 15});
   }
+}
+
+static inline v8 load8(const void *from, int64_t at, int half) {
+  if (!half) return *(const v8 *)((const float *)from + at);
+  typedef uint16_t h8 VECTOR(16, 2);
+  return (v8)(__builtin_convertvector(*(const h8 *)((const uint16_t *)from + at), v8i) << 16);
 }
 
 static void gather_transposed(float *to, const void *base, int64_t from, int64_t stride, int64_t n, int64_t wide,
                                      int64_t d, int half) {
-  for (int64_t i = 0; i < wide; i += WIDE)
-    for (int64_t c = 0; c < d; c += WIDE) {
-      vf rows[8];
-      for (int r = 0; r < 8; r++) rows[r] = i + r < n ? load(base, from + (i + r) * stride + c, half) : splat(0.0f);
+  for (int64_t i = 0; i < wide; i += SQUARE)
+    for (int64_t c = 0; c < d; c += SQUARE) {
+      v8 rows[SQUARE];
+      for (int r = 0; r < SQUARE; r++) rows[r] = i + r < n ? load8(base, from + (i + r) * stride + c, half) : (v8){0.0f};
       transpose(rows);
-      for (int r = 0; r < 8; r++) *(vf *)(to + (c + r) * wide + i) = rows[r];
+      for (int r = 0; r < SQUARE; r++) *(v8 *)(to + (c + r) * wide + i) = rows[r];
     }
 }
 
@@ -119,9 +130,9 @@ static void scatter(void *base, int64_t to, int64_t stride, const float *from, i
     for (int64_t j = 0; j < d; j += WIDE) store(base, to + i * stride + j, *(const vf *)(from + i * d + j), half);
 }
 
-/* 1 or 0 bits throughout for the columns of [from, to) among j to j + 7. */
+/* 1 or 0 bits throughout for the columns of [from, to) among the next WIDE from j on. */
 static inline vi inside(int64_t j, int64_t from, int64_t to) {
-  const vi at = (vi){0, 1, 2, 3, 4, 5, 6, 7} + (int32_t)j;
+  const vi at = (vi)COUNT + (int32_t)j;
   return (at >= (int32_t)from) & (at < (int32_t)to);
 }
 
@@ -264,7 +275,7 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
   scatter(dv, place, p->kv_stride, w.dv, n, d, p->half);
 }
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include "native_attention_tiles.h"
 #endif
 

@@ -90,25 +90,27 @@ static void rows_of(uint16_t *to, const void *base, int64_t from, int64_t stride
   memset(to + n * d, 0, (SIDE - n) * d * sizeof(uint16_t));
 }
 
+static inline void store8(uint16_t *to, v8 x) { _mm_storeu_si128((__m128i *)to, (__m128i)_mm256_cvtneps_pbh((__m256)x)); }
+
 /* [SIDE][d] in bf16 -> [d][SIDE] in bf16. */
 static void turned(uint16_t *to, const uint16_t *from, int64_t d) {
-  for (int64_t i = 0; i < SIDE; i += WIDE)
-    for (int64_t c = 0; c < d; c += WIDE) {
-      vf rows[8];
-      for (int r = 0; r < 8; r++) rows[r] = load(from, (i + r) * d + c, 1);
+  for (int64_t i = 0; i < SIDE; i += SQUARE)
+    for (int64_t c = 0; c < d; c += SQUARE) {
+      v8 rows[SQUARE];
+      for (int r = 0; r < SQUARE; r++) rows[r] = load8(from, (i + r) * d + c, 1);
       transpose(rows);
-      for (int r = 0; r < 8; r++) store(to, (c + r) * SIDE + i, rows[r], 1);
+      for (int r = 0; r < SQUARE; r++) store8(to + (c + r) * SIDE + i, rows[r]);
     }
 }
 
 /* [d][wide] in fp32 -> n rows of d numbers in bf16. */
-static void scatter_turned(void *base, int64_t to, int64_t stride, const float *from, int64_t wide, int64_t n, int64_t d) {
-  for (int64_t i = 0; i < n; i += WIDE)
-    for (int64_t c = 0; c < d; c += WIDE) {
-      vf rows[8];
-      for (int r = 0; r < 8; r++) rows[r] = *(const vf *)(from + (c + r) * wide + i);
+static void scatter_turned(uint16_t *base, int64_t to, int64_t stride, const float *from, int64_t wide, int64_t n, int64_t d) {
+  for (int64_t i = 0; i < n; i += SQUARE)
+    for (int64_t c = 0; c < d; c += SQUARE) {
+      v8 rows[SQUARE];
+      for (int r = 0; r < SQUARE; r++) rows[r] = *(const v8 *)(from + (c + r) * wide + i);
       transpose(rows);
-      for (int r = 0; r < least(8, n - i); r++) store(base, to + (i + r) * stride + c, rows[r], 1);
+      for (int r = 0; r < least(SQUARE, n - i); r++) store8(base + to + (i + r) * stride + c, rows[r]);
     }
 }
 
