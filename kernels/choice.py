@@ -4,7 +4,7 @@ A caller never chooses. `REGRAFT_KERNELS` does, for a whole process, and `forced
     auto        Triton where the tensor is on a GPU of sm_80 or newer and Triton is installed (the default)
     reference   plain torch always
     triton      Triton always; on CPU tensors that needs TRITON_INTERPRET=1, set before Triton is imported
-Some have a form in C too, for fp32 on CPU (native.py), under `auto`. Triton is imported when it is first asked for.
+Some have a form in C too, for fp32 and bf16 on CPU (native.py), under `auto`. Triton is imported when it is first asked for.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -190,6 +191,7 @@ class Encoder:
         import torch
 
         from regraft.engine.features.encoder import GraftedEncoder, load_backbone
+        from regraft.engine.half_weights import bind_half_weights
         from regraft.engine.models import ready_to_answer
         from regraft.engine.training.setup import set_threads
 
@@ -201,7 +203,12 @@ class Encoder:
         self.running = ready_to_answer(
             grafted, tokenizer.pad_token_id, packing=config.model.packing, kernels=config.model.kernels
         )
-        if spec.compute != "fp32":
+        self._context: Any = nullcontext
+        if spec.compute == "bf16" and next(self.running.parameters()).device.type == "cpu":
+            # products alone, on rows filled up to few numbers: each number of rows that is new costs a CPU more than its product
+            bind_half_weights(self.running)
+            self._context = partial(torch.autocast, "cpu", torch.bfloat16)
+        elif spec.compute != "fp32":
             self.running.to({"bf16": torch.bfloat16, "fp16": torch.float16}[spec.compute])
 
     def __call__(self, texts: list[str], pairs: list[str] | None = None) -> tuple[np.ndarray, torch.Tensor]:
@@ -218,7 +225,7 @@ class Encoder:
         device: Any = next(self.running.parameters()).device
         rows = len(tokens) if pooled else len(tokens.ids)
         features = torch.empty(rows, len(self.spec.layers), self.spec.hidden)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._context():
             for batch in by_length(tokens.lengths, GPU_TOKENS if device.type == "cuda" else CPU_TOKENS):
                 found = self.running(collate(tokens, batch).to(device)).cpu().unflatten(1, features.shape[1:])
                 if pooled:
