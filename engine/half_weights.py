@@ -4,7 +4,8 @@
 
 These are autocast's numbers without autocast's work: it casts every weight in each micro-batch, without gradients even
 each time it is used, and puts a merged projection together in fp32 first. Here a weight is cast when it has changed,
-once an optimizer step. Parameters, state dict and what is saved stay in fp32 and never notice.
+once an optimizer step. Parameters, state dict and what is saved stay in fp32 and never notice. AdamW in C, which has every
+weight at hand, writes the copies of those it changes (`copies_written`), so that nothing is left to cast.
 
 Rows are filled up with zeros to one of eight numbers between a power of two and the next: oneDNN makes machine code anew
 for every shape of a bf16 product that it has not seen, and packed batches hardly ever have as many rows as one before
@@ -13,7 +14,9 @@ for every shape of a bf16 product that it has not seen, and packed batches hardl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
 
 HALF = torch.bfloat16
+# Those that an optimizer may write; a copied model's are not among them, and cast as ever.
+_alive: weakref.WeakSet[HalfWeights] = weakref.WeakSet()
 
 
 class HalfWeights:
@@ -33,6 +38,7 @@ class HalfWeights:
         self._made_from: tuple = ()
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
+        _alive.add(self)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -42,8 +48,7 @@ class HalfWeights:
 
     def current(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they are now; cast anew where a layer's have changed."""
-        # Whatever writes into a parameter raises its version; what puts other memory into it changes its address.
-        made_from = tuple((w.data_ptr(), w._version) for w in self.masters)
+        made_from = self._stamp()
         if made_from != self._made_from or self._weight is None:
             with torch.no_grad():
                 self._weight = _beside(self._weight, [layer.weight for layer in self.layers])
@@ -51,6 +56,45 @@ class HalfWeights:
                 self._bias = _beside(self._bias, biases) if biases else None
             self._made_from = made_from
         return self._weight, self._bias
+
+    def _stamp(self) -> tuple:
+        # Whatever writes into a parameter raises its version; what puts other memory into it changes its address.
+        return tuple((w.data_ptr(), w._version) for w in self.masters)
+
+    def places(self) -> list[tuple[Tensor, Tensor]]:
+        """Each master with its rows of the bf16 memory; none before the first cast, or if that is out of date."""
+        weight, bias = self._weight, self._bias
+        # of a first cast under inference_mode the version cannot be raised, by which autograd knows what was overwritten
+        if weight is None or weight.is_inference() or self._made_from != self._stamp():
+            return []
+        masters, count = self.masters, len(self.layers)
+        parts = list(weight.split([len(master) for master in masters[:count]]))
+        if bias is not None:
+            parts += bias.split([len(master) for master in masters[count:]])
+        return list(zip(masters, parts, strict=True))
+
+    def written(self) -> None:
+        """Take the bf16 memory for what the masters are now."""
+        torch.autograd.graph.increment_version([t for t in (self._weight, self._bias) if t is not None])
+        self._made_from = self._stamp()
+
+
+@contextmanager
+def copies_written(weights: Iterable[Tensor]) -> Iterator[dict[int, Tensor]]:
+    """bf16 memory by id of the weight that it copies: the block, which alone changes the weights and raises their versions,
+    writes it too. A copy that is out of date, or of a weight that has one already, is left to be cast."""
+    changed = {id(w) for w in weights}
+    found: dict[int, Tensor] = {}
+    mine = []
+    for half in list(_alive):
+        places = half.places()
+        ids = {id(master) for master, _ in places}
+        if changed & ids and len(ids) == len(places) and not found.keys() & ids:
+            found.update((id(master), part) for master, part in places)
+            mine.append(half)
+    yield found
+    for half in mine:
+        half.written()
 
 
 def _beside(held: Tensor | None, masters: Sequence[Tensor]) -> Tensor:

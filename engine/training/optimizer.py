@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regraft.engine.config import TrainingConfig
+from regraft.engine.half_weights import copies_written
 from regraft.engine.training.offload import OffloadedAdamW
+from regraft.kernels import adamw_native
+from regraft.kernels.adamw_native import Update
 from regraft.kernels.embedding import RowGradient
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -88,13 +92,15 @@ def gradient_norm(parameters: Iterable[Tensor], rows: RowGradient | None = None)
     gradients = [p.grad for p in parameters if p.grad is not None and p is not own]
     if rows is not None:
         gradients.append(rows.rows())
+    if gradients and adamw_native.runs_here(gradients):
+        return torch.tensor(adamw_native.square_sum(gradients), dtype=torch.float64).sqrt().float()
     norms = torch._foreach_norm(gradients)
     return torch.linalg.vector_norm(torch.stack([n.float() for n in norms]))
 
 
 def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
     """One update with the gradients scaled to at most `max_norm` in all, without a pass of its own for the scaling:
-    the fused kernel divides by `grad_scale` while it reads them."""
+    the fused kernel divides by `grad_scale` while it reads them. In C where that runs, which writes bf16 copies too."""
     over = 1.0 if max_norm is None else float(norm) / max_norm
     if not isinstance(optimizer, torch.optim.AdamW | OffloadedAdamW):
         if over > 1.0:
@@ -103,6 +109,13 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
         optimizer.step()
         _say_changed(optimizer)
         return
+    updates = _native_updates(optimizer)
+    if updates:
+        with copies_written([u.weight for u in updates]) as copies:
+            halves = [replace(u, half=copies.get(id(u.weight))) for u in updates]
+            adamw_native.adamw(halves, max(over, 1.0))
+            _say_changed(optimizer)
+        return
     if over > 1.0:
         optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[union-attr]
     try:
@@ -110,6 +123,35 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
     finally:
         optimizer.grad_scale = None  # type: ignore[union-attr]
     _say_changed(optimizer)
+
+
+def _native_updates(optimizer: Any) -> list[Update]:
+    """A plain fused AdamW's next step over its own state; empty where torch is to take it."""
+    if type(optimizer) is not torch.optim.AdamW or getattr(optimizer, "found_inf", None) is not None:
+        return []
+    # hooks, and a `step` that something has put in the place of torch's, are for torch to run
+    if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return []
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not all(map(_is_plain, optimizer.param_groups)) or not adamw_native.runs_here(gradients):
+        return []
+    updates = []
+    for group in optimizer.param_groups:
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        optimizer._init_group(group, *lists)  # torch's own: makes the state that is missing
+        options = group["lr"], group["weight_decay"], group["betas"], group["eps"]
+        weights, grads, averages, squares, _, steps = lists
+        updates += [Update(*each, *options) for each in zip(weights, grads, averages, squares, steps, strict=True)]
+    tensors = (x for u in updates for x in (u.weight, u.exp_avg, u.exp_avg_sq, u.step))
+    return updates if adamw_native.runs_here(tensors) else []
+
+
+def _is_plain(group: dict[str, Any]) -> bool:
+    others = ("amsgrad", "maximize", "foreach", "capturable", "differentiable")
+    numbers = (group["lr"], group["weight_decay"], group["eps"], *group["betas"])
+    return (
+        bool(group["fused"]) and not any(group[o] for o in others) and all(isinstance(x, float | int) for x in numbers)
+    )
 
 
 def _say_changed(optimizer: Any) -> None:
