@@ -2,8 +2,9 @@
 
     z = dropout(x) + residual,   y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias         (Ba et al. 2016)
 
-Shape: x, residual [.., H], fp32 or bf16 -> y [.., H], in bf16 where both are; arithmetic in fp32; H a multiple of 16. Bytes moved in fp32: 12 a value forward, 20 backward; about 20 FLOPs a value and 12 integer operations for its dropout
-decision.
+Shape: x, residual [.., H], fp32 or bf16 -> y [.., H], in bf16 where both are; arithmetic in fp32; H a
+multiple of 16. Bytes moved in fp32: 12 a value forward, 20 backward; about 20 FLOPs a value, and 12 integer operations for
+its dropout decision.
 """
 
 from __future__ import annotations
@@ -55,14 +56,12 @@ class _Norm(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, p: float
     ) -> Tensor:
         x, residual = x.contiguous(), residual.contiguous()
-        wide = [None if w is None else w.float() for w in (weight, bias)]
-        ctx.options, ctx.dtypes = (
-            {"eps": eps, **native.decisions(p)},
-            [w if w is None else w.dtype for w in (weight, bias)],
-        )
-        ctx.save_for_backward(x, residual, *wide)
+        ctx.options = {"eps": eps, **native.decisions(p)}
+        ctx.dtypes = [w if w is None else w.dtype for w in (weight, bias)]
+        weight, bias = weight.float(), None if bias is None else bias.float()
+        ctx.save_for_backward(x, residual, weight, bias)
         y, threads = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype)), torch.get_num_threads()
-        problem, scratch = _problem(x, residual, *wide, ctx.options), _numbers(threads, x.shape[-1])
+        problem, scratch = _problem(x, residual, weight, bias, ctx.options), _numbers(threads, x.shape[-1])
         native.call("regraft_norm", ctypes.byref(problem), at(y), at(scratch), threads)
         return y
 
