@@ -52,11 +52,12 @@ def show_clusters(features: FeatureRows, rows: Rows, count: int, seed: int) -> N
             common = Counter(str(rows.labels[r]) for r in cluster.rows).most_common(3)
             said += "; labels " + ", ".join(f"{label} {n:,}" for label, n in common)
         print(said)
-        shown: list[str] = []
-        for row in cluster.rows:
-            text = " ".join(rows.texts[row].split())
-            if text not in shown:
-                shown.append(text)
-                print(f"  {rows.where(row)}: {text if len(text) <= WIDE else text[: WIDE - 1] + '…'}")
-            if len(shown) == SHOWN:
-                break
+        # Equal texts differ in the last bits by what they were packed with: each is shown once, where it comes first.
+        nearest = dict.fromkeys(_in_one_line(rows, row) for row in cluster.rows)
+        first = {_in_one_line(rows, row): row for row in sorted(cluster.rows, reverse=True)}
+        for text in list(nearest)[:SHOWN]:
+            print(f"  {rows.where(first[text])}: {text if len(text) <= WIDE else text[: WIDE - 1] + '…'}")
+
+
+def _in_one_line(rows: Rows, row: int) -> str:
+    return " ".join(rows.texts[row].split())
