@@ -6,13 +6,14 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from safetensors.torch import load_file
 
+from conftest import FORKS
 from regraft.engine.config import load_config
 from regraft.engine.training.order import Plan
 from regraft.engine.training.run import train
@@ -27,11 +28,11 @@ def test_killed_at_any_moment_and_started_again_is_as_if_never_killed(make_confi
     steps = {"epochs": 12, "checkpoint_every": 3, "evaluate_every": 7, "ema": 0.9, "early_stopping": {"patience": 50}}
     path = make_config(training=steps)
     train(load_config(path, [f"run={tmp_path / 'whole'}"]), quiet=True)
-    arguments = ["train", str(path), "--quiet", "--set", f"run={tmp_path / 'killed'}"]
+    command = ["-m", "regraft.engine", "train", str(path), "--quiet", "--set", f"run={tmp_path / 'killed'}"]
     draw = random.Random()
     kills = 0
     for _ in range(12):
-        process = subprocess.Popen([sys.executable, "-m", "regraft.engine", *arguments], stdout=subprocess.DEVNULL)
+        process = FORKS.start(command)
         wait_for_steps(tmp_path / "killed", process, draw.randint(0, 8) if kills < 3 else 10**6)
         if process.poll() is None:
             time.sleep(draw.random() * 0.05)
@@ -71,7 +72,7 @@ def test_memory_that_is_free_on_the_day_of_resuming_decides_nothing(make_config,
     assert largest_difference(tmp_path / "whole", tmp_path / "small") > 1e-5
 
 
-def wait_for_steps(folder: Path, process: subprocess.Popen, lines: int) -> None:
+def wait_for_steps(folder: Path, process: Forked | subprocess.Popen[str], lines: int) -> None:
     """Until `lines` more lines of history, or the process's end."""
     history = folder / "metrics.jsonl"
     start = len(history.read_bytes().splitlines()) if history.exists() else 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from forks import Forked
+
+from conftest import FORKS
 
 
 def start_ranks(
@@ -16,7 +19,7 @@ def start_ranks(
     *,
     program: Sequence[str] = ("-m", "regraft.engine"),
     **env: str,
-) -> list[subprocess.Popen[str]]:
+) -> list[Forked | subprocess.Popen[str]]:
     """`regraft ARGUMENTS` once a folder, each rank with its folder as working directory. `program`: what Python runs."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -29,21 +32,14 @@ def start_ranks(
         "ACCELERATE_USE_CPU": "true",
         **env,
     }
-    command = [sys.executable, *program, *map(str, arguments)]
+    command = [*program, *map(str, arguments)]
     return [
-        subprocess.Popen(
-            command,
-            cwd=folder,
-            env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        FORKS.start(command, cwd=folder, env=shared | {"RANK": str(number), "LOCAL_RANK": str(number)})
         for number, folder in enumerate(folders)
     ]
 
 
-def ended(ranks: Sequence[subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
+def ended(ranks: Sequence[Forked | subprocess.Popen[str]], seconds: float = 120) -> list[tuple[int, str]]:
     """Exit code and standard error of each, none of which may take longer than that."""
     try:
         return [(rank.wait(seconds), rank.communicate()[1]) for rank in ranks]

@@ -7,16 +7,16 @@ import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forked
 from safetensors.torch import load_file
 
-from conftest import regraft, sentences
+from conftest import FORKS, regraft, sentences
 from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError, StoreError
 from regraft.engine.features.extract import features_of
@@ -170,11 +170,10 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def start(config_of, tmp_path, *more: str) -> subprocess.Popen:
+def start(config_of, tmp_path, *more: str) -> Forked | subprocess.Popen[str]:
     """`regraft features` with shards of 16 rows that take a while each."""
-    command = [sys.executable, "-c", SLOW, "features", str(config_of.path), *more]
-    command += ["--set", f"features.store={tmp_path / 'store'}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    store = f"features.store={tmp_path / 'store'}"
+    return FORKS.start(["-c", SLOW, "features", str(config_of.path), *more, "--set", store])
 
 
 def wait_for(condition, seconds: float = 60) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import torch
+from forks import Forked
+
+from conftest import FORKS
 
 STEP = """
 import sys, torch, torch.distributed as dist
@@ -50,7 +52,7 @@ torch.save([p.detach() for p in parameters], out)
 
 
 def test_two_processes_end_where_one_does(tiny_model, tmp_path):
-    def start(rank: int, count: int) -> subprocess.Popen:
+    def start(rank: int, count: int) -> Forked | subprocess.Popen[str]:
         arguments = [
             str(tiny_model),
             str(tmp_path / "store"),
@@ -58,8 +60,7 @@ def test_two_processes_end_where_one_does(tiny_model, tmp_path):
             str(count),
             str(tmp_path / f"{rank} of {count}"),
         ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, "-c", STEP, *arguments], env=environment)
+        return FORKS.start(["-c", STEP, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     running = [start(0, 2), start(1, 2), start(0, 1)]
     try:

@@ -13,9 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from forks import Forked
 from safetensors.torch import load_file
 
-from conftest import regraft
+from conftest import FORKS, regraft
 from ranks import ended, start_ranks
 from regraft.engine.config import load_config
 from regraft.engine.training.run import train
@@ -49,14 +50,13 @@ def test_a_killed_rank_ends_the_run_by_name_and_one_process_goes_on(make_config,
     path = make_config(**WHOLE, method="lora")
     train(load_config(path, [f"run={tmp_path / 'one'}", "training.epochs=12"]), quiet=True)
     more = ["--set", f"run={tmp_path / 'two'}", "--set", "training.epochs=12", "--set", "training.checkpoint_every=1"]
-    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2", *more]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = FORKS.start(["-m", "regraft.engine", "train", str(path), "--processes", "2", *more])
     try:
         until = time.monotonic() + 120
         while not list((tmp_path / "two" / "checkpoints").glob("step-*")):
             assert parent.poll() is None and time.monotonic() < until, parent.communicate()[1][-2000:]
             time.sleep(0.05)
-        victim = next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == "1")
+        victim = rank_one(parent)
         os.kill(victim.pid, signal.SIGKILL)
         _, errors = parent.communicate(timeout=60)
     finally:
@@ -122,12 +122,11 @@ def test_a_slow_rank_is_waited_for_and_a_stopped_one_is_named(make_config, tmp_p
     path = make_config(**WHOLE)
     settings = ["training.epochs=100000", "training.checkpoint_every=5", "training.evaluate_every=100000"]
     settings += ["training.timeout=8"]
-    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2"]
-    command += [x for s in settings for x in ("--set", s)]
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "regraft.engine", "train", str(path), "--processes", "2"]
+    parent = FORKS.start([*command, *(x for s in settings for x in ("--set", s))])
     try:
         steps_after(tmp_path / "run", 0, parent)
-        slow = next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == "1")
+        slow = rank_one(parent)
         slow.suspend()  # SIGSTOP
         time.sleep(1.0)
         before = last_step(tmp_path / "run")
@@ -147,7 +146,12 @@ def last_step(folder: Path) -> int:
     return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")), default=0)
 
 
-def steps_after(folder: Path, step: int, process: subprocess.Popen) -> None:
+def rank_one(parent: Forked | subprocess.Popen[str]) -> psutil.Process:
+    """The second one that was started."""
+    return max(psutil.Process(parent.pid).children(), key=lambda p: p.pid)
+
+
+def steps_after(folder: Path, step: int, process: Forked | subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while last_step(folder) <= step:
         assert process.poll() is None and time.monotonic() < until

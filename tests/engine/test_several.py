@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from conftest import ROOT
+from conftest import FORKS, ROOT
 from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError, DataError
 from regraft.engine.evaluation import evaluate
@@ -286,8 +285,8 @@ def test_killed_and_started_again_is_as_if_never_killed(mixed):
     steps = {"epochs": 1.5, "checkpoint_every": 7, "evaluate_every": 9, "ema": 0.9}
     whole = train(load_config(mixed.make("whole", training=steps, **options)), quiet=True)
     path = mixed.make("killed", training=steps, **options)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = FORKS.start(["-c", KILLED, str(path)])
+    assert process.wait(120) == -signal.SIGKILL, process.communicate()[1]
     seen: list[int] = []
     killed = train(load_config(path), quiet=True, on_step=lambda info: seen.append(info.step))
     assert seen[0] == 21 and killed.steps == whole.steps == 36

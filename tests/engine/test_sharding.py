@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +15,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forks import Forked
 from safetensors.torch import load_file
 
-from conftest import regraft
+from conftest import FORKS, regraft
 from ranks import ended, start_ranks
 from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError
@@ -98,17 +98,11 @@ def test_two_processes_then_one_then_two_is_as_if_never_stopped(make_config, tmp
 
 def killed_on_the_way(path: Path, folder: Path, sharding: str, step: int) -> int:
     """Two processes, one of them killed once that step is in a checkpoint; the last checkpoint's step."""
-    command = [sys.executable, "-m", "regraft.engine", "train", str(path), "--processes", "2", "--set", f"run={folder}"]
-    parent = subprocess.Popen(
-        [*command, "--set", f"training.sharding={sharding}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["-m", "regraft.engine", "train", str(path), "--processes", "2", "--set", f"run={folder}"]
+    parent = FORKS.start([*command, "--set", f"training.sharding={sharding}"])
     try:
         wait_for_step(folder, step, parent)
-        victim = next(p for p in psutil.Process(parent.pid).children() if p.environ().get("RANK") == "1")
-        os.kill(victim.pid, signal.SIGKILL)
+        os.kill(max(p.pid for p in psutil.Process(parent.pid).children()), signal.SIGKILL)  # the second one started
         _, errors = parent.communicate(timeout=60)
     finally:
         parent.kill()
@@ -132,7 +126,7 @@ def last_step(folder: Path) -> int:
     return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")), default=0)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: Forked | subprocess.Popen[str]) -> None:
     until = time.monotonic() + 120
     while last_step(folder) < step:
         assert process.poll() is None and time.monotonic() < until
