@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,7 @@ def fork_of(execute: Any) -> Any:
         if before is not None:
             before()
         open_streams()
+        weakref.finalize._registry.clear()  # type: ignore[attr-defined] # temporary folders that are the parent's to remove
         os._exit(code_of(rest))
 
     return start
