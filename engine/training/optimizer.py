@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as every_optimizer
 
 from regraft.engine.config import TrainingConfig
 from regraft.engine.half_weights import copies_written
@@ -130,7 +131,9 @@ def _native_updates(optimizer: Any) -> list[Update]:
     if type(optimizer) is not torch.optim.AdamW or getattr(optimizer, "found_inf", None) is not None:
         return []
     # hooks, and a `step` that something has put in the place of torch's, are for torch to run
-    if "step" in vars(optimizer) or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    everyones = every_optimizer._global_optimizer_pre_hooks, every_optimizer._global_optimizer_post_hooks
+    if "step" in vars(optimizer) or any(own) or any(everyones):
         return []
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not all(map(_is_plain, optimizer.param_groups)) or not adamw_native.runs_here(gradients):

@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regraft.engine import half_weights
 from regraft.engine.half_weights import HalfWeights
@@ -244,6 +245,17 @@ def test_what_it_does_not_compute_is_left_to_torch(make, dtype, counted):
     weight.grad = torch.randn(33, dtype=dtype)
     clipped_step(optimizer, gradient_norm([weight]), None)
     assert not counted and not torch.equal(weight, before)
+
+
+def test_a_hook_of_every_optimizer_is_for_torch_to_run(counted):
+    weight, seen = nn.Parameter(torch.randn(33)), []
+    weight.grad = torch.randn(33)
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(1))
+    try:
+        clipped_step(torch.optim.AdamW([weight], fused=True), gradient_norm([weight]), None)
+    finally:
+        handle.remove()
+    assert seen and not counted
 
 
 def test_weights_that_are_not_contiguous_are_left_to_torch(counted):
