@@ -96,7 +96,7 @@ def panels(result: dict[str, Any], plt: Any) -> Figure:
         axis.set_xlim(0, scale)
         axis.set_ylim(len(who_is) - 0.45, -0.55)
         axis.set_yticks(range(len(who_is)), who_is)
-        axis.set_title(name, loc="left", fontsize=10.5, fontweight="bold", pad=5)
+        axis.set_title(f"{name}{elsewhere(result, case)}", loc="left", fontsize=10.5, fontweight="bold", pad=5)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
         tidy(axis)
     better = "more is better" if result["higher_is_better"] else "less is better"
@@ -189,6 +189,13 @@ def colours(everyone: list[str]) -> dict[str, str]:
     peers = [who for who in everyone if who not in ours]
     pick = lambda some, shades: {who: shades[min(i, len(shades) - 1)] for i, who in enumerate(some)}  # noqa: E731
     return pick(ours, OURS) | pick(peers, PEERS)
+
+
+def elsewhere(result: dict[str, Any], case: dict[str, Any]) -> str:
+    """Where and when a case was measured if that was not on the machine that the picture names."""
+    measured = case.get("measured", result)
+    cpu = measured["machine"]["cpu"]
+    return "" if cpu == result["machine"]["cpu"] else f"   ({cpu}, {measured['date']})"
 
 
 def turns(case: dict[str, Any], who: str) -> list[float]:
