@@ -46,6 +46,20 @@ def trained_run(tmp_path_factory, tiny_model) -> Path:
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def exported(trained_run, tmp_path_factory) -> tuple[Path, str]:
+    """Its packed bundle, to be read only, and what the export told."""
+    folder = tmp_path_factory.mktemp("exported") / "b"
+    return folder, export_bundle(trained_run, folder)
+
+
+@pytest.fixture(scope="module")
+def exported_int8(trained_run, tmp_path_factory) -> tuple[Path, str]:
+    """The same in int8."""
+    folder = tmp_path_factory.mktemp("int8") / "b"
+    return folder, export_bundle(trained_run, folder, int8=True, max_loss=2.0)
+
+
 def test_the_best_folder_loads_in_plain_transformers_with_the_same_logits(trained_run):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -63,16 +77,17 @@ def test_the_best_folder_loads_in_plain_transformers_with_the_same_logits(traine
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_a_bundle_answers_like_the_model_alone_and_together(trained_run, tmp_path, layout):
+def test_a_bundle_answers_like_the_model_alone_and_together(trained_run, exported, tmp_path, layout):
     from regraft.serve.session import Session
 
-    told = export_bundle(trained_run, tmp_path / "b", layout=layout)
+    folder = tmp_path / "b"
+    folder, told = exported if layout == "packed" else (folder, export_bundle(trained_run, folder, layout=layout))
     assert "accuracy" in told
-    info = read_info(tmp_path / "b")
+    info = read_info(folder)
     assert info.parity["largest_error"] < 1e-4
     assert info.quality["graph"] == pytest.approx(info.quality["model"], abs=0.02)
     expected = list(predict(load_trained(trained_run), [(t, None) for t in TEXTS]))
-    session = Session(tmp_path / "b")
+    session = Session(folder)
     for group in (TEXTS, *[[t] for t in TEXTS]):
         encoded = session.tokenize(group, None)
         found = session.decode(session.run(encoded))
@@ -83,9 +98,8 @@ def test_a_bundle_answers_like_the_model_alone_and_together(trained_run, tmp_pat
             assert item.truncated == wanted.cut_tokens
 
 
-def test_int8_is_measured_and_refused_when_it_costs_too_much(trained_run, tmp_path):
-    export_bundle(trained_run, tmp_path / "b", int8=True, max_loss=2.0)
-    info = read_info(tmp_path / "b")
+def test_int8_is_measured_and_refused_when_it_costs_too_much(trained_run, exported_int8, tmp_path):
+    info = read_info(exported_int8[0])
     assert info.precision == "int8"
     assert info.quality["loss_points"] <= 2.0
     with pytest.raises(ExportError, match=r"int8 costs more than -50.0 points.*Tried all layers"):
@@ -94,11 +108,11 @@ def test_int8_is_measured_and_refused_when_it_costs_too_much(trained_run, tmp_pa
     assert not list(tmp_path.glob(".*"))
 
 
-def test_int8_is_gated_on_rows_alone_too_and_says_why(trained_run, tmp_path, monkeypatch):
-    told = export_bundle(trained_run, tmp_path / "b", int8=True, max_loss=3.0)
-    alone = read_info(tmp_path / "b").quality["alone"]
-    assert alone["rows"] == 60 and alone["loss_points"] <= 3.0 and "one row at a time, 60 rows" in told
-    assert "what else is in its batch" in (tmp_path / "b" / "README.md").read_text()
+def test_int8_is_gated_on_rows_alone_too_and_says_why(trained_run, exported_int8, tmp_path, monkeypatch):
+    bundle, told = exported_int8
+    alone = read_info(bundle).quality["alone"]
+    assert alone["rows"] == 60 and alone["loss_points"] <= 2.0 and "one row at a time, 60 rows" in told
+    assert "what else is in its batch" in (bundle / "README.md").read_text()
 
     def bad_alone(session, info):
         run = graph_runner(session, info)
@@ -111,9 +125,8 @@ def test_int8_is_gated_on_rows_alone_too_and_says_why(trained_run, tmp_path, mon
     assert not (tmp_path / "c").exists()
 
 
-def test_a_product_that_is_to_stay_in_fp32_does_whatever_its_kind(trained_run, tmp_path):
-    export_bundle(trained_run, tmp_path / "b")
-    graph, target = tmp_path / "b" / "model.onnx", tmp_path / "int8.onnx"
+def test_a_product_that_is_to_stay_in_fp32_does_whatever_its_kind(exported, tmp_path):
+    graph, target = exported[0] / "model.onnx", tmp_path / "int8.onnx"
     products = matrix_products(graph)
     assert {"MatMul", "Gemm"} == {n.op_type for n in onnx.load(graph).graph.node if n.name in products}
     for quantised in ((), *((p,) for p in products), tuple(products)):
@@ -135,11 +148,10 @@ def test_int8_leaves_out_the_worst_products_few_at_a_time():
     assert tried[2].name == "24 of 30 products"
 
 
-def test_a_graph_that_differs_is_refused_with_the_figures(trained_run, tmp_path):
+def test_a_graph_that_differs_is_refused_with_the_figures(trained_run, exported, tmp_path):
     from regraft.engine.export import grid_logits
 
-    export_bundle(trained_run, tmp_path / "b")
-    path = tmp_path / "b" / "model.onnx"
+    path = shutil.copytree(exported[0], tmp_path / "b") / "model.onnx"
     info = read_info(tmp_path / "b")
     expected = grid_logits(load_trained(trained_run))
     check_parity(graph_runner(open_graph(path), info), expected)
@@ -195,8 +207,8 @@ def test_held_out_rows_that_cannot_be_used_are_told_and_not_called_gone(trained_
     assert not (tmp_path / "b").exists()
 
 
-def test_a_bundle_that_was_changed_or_is_not_one_is_refused(trained_run, tmp_path):
-    export_bundle(trained_run, tmp_path / "b")
+def test_a_bundle_that_was_changed_or_is_not_one_is_refused(trained_run, exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path / "b")
     with pytest.raises(ExportError, match="already there"):
         export_bundle(trained_run, tmp_path / "b")
     (tmp_path / "b" / "tokenizer.json").write_text("{}")
@@ -223,11 +235,10 @@ def test_export_without_the_runs_rows_says_so_and_int8_is_refused(trained_run, t
     assert "60 rows" in export_bundle(copy, tmp_path / "c", int8=True, max_loss=3.0, data_file=str(dev))
 
 
-def test_threads_of_the_graph_are_this_processs_share(trained_run, tmp_path):
+def test_threads_of_the_graph_are_this_processs_share(exported):
     from regraft.engine.threads import available_threads
 
-    export_bundle(trained_run, tmp_path / "b")
-    options: ort.SessionOptions = open_graph(tmp_path / "b" / "model.onnx").get_session_options()
+    options: ort.SessionOptions = open_graph(exported[0] / "model.onnx").get_session_options()
     assert options.intra_op_num_threads == available_threads()
 
 
