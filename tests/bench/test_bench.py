@@ -147,8 +147,11 @@ def test_a_turn_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
         f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
         f"open({str(pid)!r}, 'w').write(str(child.pid))\ntime.sleep(300)"
     )
-    with pytest.raises(harness.TurnFailed, match="still running after 3 s"):
-        harness.turn(sys.executable, script(tmp_path, text), {}, threads=1, timeout=3)
+    for seconds in (3, 15, 75):  # until Python has come that far: seconds, on a machine that is busy
+        with pytest.raises(harness.TurnFailed, match=f"still running after {seconds} s"):
+            harness.turn(sys.executable, script(tmp_path, text), {}, threads=1, timeout=seconds)
+        if pid.exists():
+            break
     wait_for(lambda: gone(int(pid.read_text())))
 
 
