@@ -2,9 +2,9 @@
 
     z = dropout(x) + residual,   y = (z - mean(z)) / sqrt(var(z) + eps) * weight + bias         (Ba et al. 2016)
 
-Shape: x, residual [.., H], fp32 or bf16 -> y [.., H], in bf16 where both are; arithmetic in fp32; H a
-multiple of 16. Bytes moved in fp32: 12 a value forward, 20 backward; about 20 FLOPs a value, and 12 integer operations for
-its dropout decision.
+Shape: x, residual [.., H], fp32 or bf16 -> y [.., H], in bf16 where both are; arithmetic in fp32; H a multiple of
+16. Bytes moved in fp32: 12 a value forward, 20 backward; about 20 FLOPs a value, and 12 integer operations for its dropout
+decision.
 """
 
 from __future__ import annotations

@@ -79,11 +79,12 @@ class Forks:
     def start(
         self, arguments: Sequence[str], *, env: Mapping[str, str] = os.environ, cwd: str | Path | None = None
     ) -> Forked | subprocess.Popen[str]:
-        """As `subprocess.Popen` of `python ARGUMENTS` with both its outputs read by `communicate`."""
+        """As `subprocess.Popen` of `python ARGUMENTS`, whose standard error `communicate` reads."""
         if self.can_run(env):
             return Forked(self, arguments, env, cwd)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([sys.executable, *arguments], env=env, cwd=cwd, text=True, **pipes)
+        command = [sys.executable, *arguments]
+        # a pipe for standard output that no one reads would hold up a long run
+        return subprocess.Popen(command, env=env, cwd=cwd, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
     def ask(self, **request: Any) -> Any:
         """What the process answers."""
@@ -255,8 +256,8 @@ def fork_of(execute: Any) -> Any:
             if end not in (-1, number):
                 os.dup2(end, number)
         os.closerange(3, 65536)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if cwd is not None:
             os.chdir(cwd)
         if environment is not None:

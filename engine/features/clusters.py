@@ -53,11 +53,9 @@ def show_clusters(features: FeatureRows, rows: Rows, count: int, seed: int) -> N
             said += "; labels " + ", ".join(f"{label} {n:,}" for label, n in common)
         print(said)
         # Equal texts differ in the last bits by what they were packed with: each is shown once, where it comes first.
-        nearest = dict.fromkeys(_in_one_line(rows, row) for row in cluster.rows)
-        first = {_in_one_line(rows, row): row for row in sorted(cluster.rows, reverse=True)}
-        for text in list(nearest)[:SHOWN]:
+        first: dict[str, int] = {}  # nearest text first
+        for row in cluster.rows:
+            text = " ".join(rows.texts[row].split())
+            first[text] = min(row, first.get(text, row))
+        for text in list(first)[:SHOWN]:
             print(f"  {rows.where(first[text])}: {text if len(text) <= WIDE else text[: WIDE - 1] + '…'}")
-
-
-def _in_one_line(rows: Rows, row: int) -> str:
-    return " ".join(rows.texts[row].split())

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from forks import Forked
 
 from conftest import FORKS
@@ -47,3 +48,8 @@ def ended(ranks: Sequence[Forked | subprocess.Popen[str]], seconds: float = 120)
         for rank in ranks:
             rank.kill()
             rank.wait()
+
+
+def rank_one(parent: Forked | subprocess.Popen[str]) -> psutil.Process:
+    """The second rank that `--processes` started."""
+    return max(psutil.Process(parent.pid).children(), key=lambda p: p.pid)

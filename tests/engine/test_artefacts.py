@@ -80,8 +80,10 @@ def test_the_best_folder_loads_in_plain_transformers_with_the_same_logits(traine
 def test_a_bundle_answers_like_the_model_alone_and_together(trained_run, exported, tmp_path, layout):
     from regraft.serve.session import Session
 
-    folder = tmp_path / "b"
-    folder, told = exported if layout == "packed" else (folder, export_bundle(trained_run, folder, layout=layout))
+    folder, told = exported
+    if layout != "packed":
+        folder = tmp_path / "b"
+        told = export_bundle(trained_run, folder, layout=layout)
     assert "accuracy" in told
     info = read_info(folder)
     assert info.parity["largest_error"] < 1e-4

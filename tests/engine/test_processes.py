@@ -17,7 +17,7 @@ from forks import Forked
 from safetensors.torch import load_file
 
 from conftest import FORKS, regraft
-from ranks import ended, start_ranks
+from ranks import ended, rank_one, start_ranks
 from regraft.engine.config import load_config
 from regraft.engine.training.run import train
 
@@ -56,8 +56,7 @@ def test_a_killed_rank_ends_the_run_by_name_and_one_process_goes_on(make_config,
         while not list((tmp_path / "two" / "checkpoints").glob("step-*")):
             assert parent.poll() is None and time.monotonic() < until, parent.communicate()[1][-2000:]
             time.sleep(0.05)
-        victim = rank_one(parent)
-        os.kill(victim.pid, signal.SIGKILL)
+        rank_one(parent).kill()
         _, errors = parent.communicate(timeout=60)
     finally:
         parent.kill()
@@ -144,11 +143,6 @@ def test_a_slow_rank_is_waited_for_and_a_stopped_one_is_named(make_config, tmp_p
 
 def last_step(folder: Path) -> int:
     return max((int(p.name[5:]) for p in (folder / "checkpoints").glob("step-*")), default=0)
-
-
-def rank_one(parent: Forked | subprocess.Popen[str]) -> psutil.Process:
-    """The second one that was started."""
-    return max(psutil.Process(parent.pid).children(), key=lambda p: p.pid)
 
 
 def steps_after(folder: Path, step: int, process: Forked | subprocess.Popen[str]) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from forks import Forked
 from safetensors.torch import load_file
 
 from conftest import FORKS, regraft
-from ranks import ended, start_ranks
+from ranks import ended, rank_one, start_ranks
 from regraft.engine.config import load_config
 from regraft.engine.errors import ConfigError
 from regraft.engine.training.offload import OffloadedAdamW, offloaded
@@ -102,7 +99,7 @@ def killed_on_the_way(path: Path, folder: Path, sharding: str, step: int) -> int
     parent = FORKS.start([*command, "--set", f"training.sharding={sharding}"])
     try:
         wait_for_step(folder, step, parent)
-        os.kill(max(p.pid for p in psutil.Process(parent.pid).children()), signal.SIGKILL)  # the second one started
+        rank_one(parent).kill()
         _, errors = parent.communicate(timeout=60)
     finally:
         parent.kill()
@@ -207,12 +204,8 @@ def steps(weights: list[torch.Tensor], optimizer, count: int, seed: int) -> None
         optimizer.zero_grad()
 
 
+@forced("reference")  # torch's fused AdamW on both sides: beside weights on a GPU nothing else runs
 def test_moments_kept_on_the_host_give_the_same_weights_bit_for_bit():
-    with forced("reference"):  # torch's fused AdamW on both sides: beside weights on a GPU nothing else runs
-        _same_weights_with_moments_on_the_host()
-
-
-def _same_weights_with_moments_on_the_host() -> None:
     plain, moments = optimizers()
     steps(plain, moments, 7, seed=1)
     weights, inner = optimizers()
