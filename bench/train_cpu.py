@@ -153,7 +153,11 @@ def regraft(case: Case, files: Mapping[str, Path], options: argparse.Namespace, 
     rates = turn(sys.executable, "matrix_rate.py", {"threads": options.threads}, threads=options.threads)
     shape = json.loads((encoder_folder() / "config.json").read_text(encoding="utf-8"))
     flops = training_flops(matrix_weights(shape), details["tokens"]) / details["seconds"]
-    return value, {**details, "matrix_rates": rates, "matrix_share": flops / max(rates.values())}
+    shares = {
+        f"matrix_share{end}": flops / max(rates[which].values())
+        for which, end in (("fastest", ""), ("median", "_of_median"))
+    }
+    return value, {**details, "matrix_rates": rates, **shares}
 
 
 class Trainer:

@@ -67,7 +67,7 @@ def _splits_into_heads(module: nn.Module) -> bool:
 
 
 def _merged_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    merged = _merged_projection(self, hidden_states[0])
+    merged = _merged_projection(self, hidden_states.squeeze(0))
     qkv = merged.view(merged.shape[0], 3, self.num_attention_heads, self.attention_head_size)
     p = self.dropout.p if self.training else 0.0
     out = self.regraft_state.layout.attend_merged(qkv, scale=self.scaling, dropout_p=p)
@@ -104,7 +104,7 @@ def rotary_forward(
 ) -> tuple[Tensor, None]:
     if position_embeddings is None or hidden_states.shape[0] != 1:
         raise NotImplementedError("packed rows come with their positions' angles")
-    qkv = self.Wqkv(hidden_states)[0]
+    qkv = self.Wqkv(hidden_states).squeeze(0)
     # transformers hands over window + 1 to mean "at most `window` positions away"
     window = None if self.sliding_window is None else self.sliding_window - 1
     out = self.regraft_state.layout.attend_rotary(
@@ -148,7 +148,7 @@ def _built_like_bert(layer: nn.Module) -> bool:
 def _first_rows_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     attention = self.attention.self
     layout = attention.regraft_state.layout  # a prefix belongs to a layer
-    rows = hidden_states[0]
+    rows = hidden_states.squeeze(0)
     first = rows.index_select(0, layout.starts)
     heads = (-1, attention.num_attention_heads, attention.attention_head_size)
     context = layout.attend_first(

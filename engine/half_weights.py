@@ -7,9 +7,11 @@ each time it is used, and puts a merged projection together in fp32 first. Here 
 once an optimizer step. Parameters, state dict and what is saved stay in fp32 and never notice. AdamW in C, which has every
 weight at hand, writes the copies of those it changes (`copies_written`), so that nothing is left to cast.
 
-Rows are filled up with zeros to one of eight numbers between a power of two and the next: oneDNN makes machine code anew
-for every shape of a bf16 product that it has not seen, and packed batches hardly ever have as many rows as one before
-(18 ms for the products of a MiniLM layer of known shape, 87 ms of a new one).
+Where the processor multiplies tiles, products are our own (kernels/linear_native.py): any number of rows, GELU in the same
+pass, gradients of weights in fp32 as they were added up. Elsewhere they are oneDNN's, and rows are filled up with zeros to
+one of eight numbers between a power of two and the next: oneDNN makes machine code anew for every shape of a bf16 product
+that it has not seen, and packed batches hardly ever have as many rows as one before (18 ms for the products of a MiniLM
+layer of known shape, 87 ms of a new one).
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from regraft.engine.binding import is_intermediate
+from regraft.kernels import linear_native
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
@@ -126,34 +132,58 @@ def _filled_up(x: Tensor) -> Tensor:
 
 class _HalfLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: HalfWeights, *masters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, half: HalfWeights, gelu: bool, *masters: Tensor) -> Tensor:
         weight, bias = half.current()
-        narrow = _filled_up(x)
-        ctx.save_for_backward(narrow, weight)
+        ctx.tiled, ctx.gelu = linear_native.runs_here(weight), gelu
         ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in half.layers]
-        out = torch.nn.functional.linear(narrow, weight, bias)
-        return out[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
+        narrow = _narrow(x, ctx.tiled)
+        if ctx.tiled and gelu:
+            out, active = linear_native.linear_gelu(narrow, weight, bias)
+        else:
+            out = (linear_native if ctx.tiled else torch.nn.functional).linear(narrow, weight, bias)
+            active = torch.nn.functional.gelu(out) if gelu else out
+        ctx.save_for_backward(narrow, weight, out if gelu else None)
+        return active[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        narrow, weight = ctx.saved_tensors
-        rows = _filled_up(grad)
-        inputs, _, *masters = ctx.needs_input_grad
+        narrow, weight, out = ctx.saved_tensors
+        rows = _narrow(grad, ctx.tiled)
+        if ctx.gelu:
+            slope = linear_native.gelu_gradient if ctx.tiled else torch.ops.aten.gelu_backward
+            rows = slope(rows, out)
+        inputs, _, _, *masters = ctx.needs_input_grad
         dx = None
         if inputs:
-            dx = (rows @ weight)[: grad.shape[:-1].numel()].view(*grad.shape[:-1], -1).to(ctx.dtype)
+            dx = linear_native.input_gradient(rows, weight) if ctx.tiled else rows @ weight
+            dx = dx[: grad.shape[:-1].numel()].view(*grad.shape[:-1], -1).to(ctx.dtype)
         count = len(ctx.sizes)
+        dw: Tensor | None
+        db: Tensor | None
+        of_weights, of_biases = any(masters[:count]), any(masters[count:])
         found: list[Tensor | None] = [None] * len(masters)
-        if any(masters[:count]):
-            found[:count] = (rows.t() @ narrow).float().split(ctx.sizes)
-        if any(masters[count:]):
-            found[count:] = rows.sum(0).float().split(ctx.sizes)
-        return dx, None, *(part if asked else None for part, asked in zip(found, masters, strict=True))
+        if ctx.tiled and of_weights:
+            dw, db = linear_native.weight_gradients(rows, narrow, of_biases)
+        else:
+            dw = (rows.t() @ narrow).float() if of_weights else None
+            db = rows.sum(0).float() if of_biases else None
+        if dw is not None:
+            found[:count] = dw.split(ctx.sizes)
+        if db is not None:
+            found[count:] = db.split(ctx.sizes)
+        return dx, None, None, *(part if asked else None for part, asked in zip(found, masters, strict=True))
 
 
-def half_linear(x: Tensor, half: HalfWeights) -> Tensor:
-    """The layers' outputs side by side in bf16, differentiable in x and in the fp32 weights. [.., I] -> [.., sum of O]."""
-    return _HalfLinear.apply(x, half, *half.masters)
+def _narrow(x: Tensor, tiled: bool) -> Tensor:
+    # [.., I] -> [rows, I] in bf16; more rows than there are where products want it
+    return x.reshape(-1, x.shape[-1]).to(HALF) if tiled else _filled_up(x)
+
+
+def half_linear(x: Tensor, half: HalfWeights, gelu: bool = False) -> Tensor:
+    """The layers' outputs side by side in bf16, or their GELU, differentiable in x and in the fp32 weights.
+    [.., I] -> [.., sum of O]."""
+    return _HalfLinear.apply(x, half, gelu, *half.masters)
 
 
 def in_force(x: Tensor) -> bool:
@@ -175,6 +205,9 @@ def bind_half_weights(running: RunningModel) -> int:
             count += 1
         elif getattr(bound, "__func__", None) is _merged_attention_forward:
             module.regraft_half = HalfWeights([module.query, module.key, module.value])
+    for module in running.model.modules():
+        if is_intermediate(module) and "forward" not in vars(module) and hasattr(module.dense, "regraft_half"):
+            module.forward = _intermediate_forward.__get__(module)
     return count
 
 
@@ -182,3 +215,9 @@ def _linear_forward(self: Any, x: Tensor) -> Tensor:
     if in_force(x):
         return half_linear(x, self.regraft_half)
     return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def _intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if in_force(hidden_states):
+        return half_linear(hidden_states, self.dense.regraft_half, gelu=True)
+    return self.intermediate_act_fn(self.dense(hidden_states))

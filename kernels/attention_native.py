@@ -28,6 +28,8 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "factor")),
         ("threshold", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
+        ("softmax", ctypes.c_void_p),
+        ("result", ctypes.c_void_p),
     ]
 
 
@@ -61,7 +63,14 @@ def separate_attention(
 
 
 def _problem(
-    q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: int, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu: tuple[Tensor, Tensor],
+    longest: int,
+    softmax: Tensor,
+    result: Tensor | None,
+    options: dict[str, Any],
 ) -> _Problem:
     return _Problem(
         *(x.data_ptr() for x in (q, k, v, *cu)),
@@ -71,6 +80,8 @@ def _problem(
         k.stride(0),
         longest,
         half=int(q.dtype == torch.bfloat16),
+        softmax=softmax.data_ptr(),
+        result=None if result is None else result.data_ptr(),
         **options,
     )
 
@@ -88,28 +99,32 @@ def _call(problem: _Problem, grad: Tensor | None, *outputs: Tensor) -> None:
         raise MemoryError(f"no memory for the attention of sequences of {problem.longest} tokens")
 
 
-def _attend(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: int, *how: Any) -> Tensor:
+def _attend(
+    ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: int, *how: Any
+) -> tuple[Tensor, Tensor]:
+    # the result, and of each query and head what the backward needs of its softmax: the highest score and 1 / the sum
     ctx.options, ctx.longest = _options(*how), longest
-    out = q.new_empty(q.shape)
-    _call(_problem(q, k, v, cu, longest, ctx.options), None, out)
-    return out
+    out, softmax = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
+    _call(_problem(q, k, v, cu, longest, softmax, None, ctx.options), None, out)
+    return out, softmax
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu: Tensor, longest: int, *how: Any) -> Tensor:
         qkv = qkv.contiguous()
-        ctx.save_for_backward(qkv, cu)
         q, k, v = qkv.unbind(1)
-        return _attend(ctx, q, k, v, (cu, cu), longest, *how)
+        out, softmax = _attend(ctx, q, k, v, (cu, cu), longest, *how)
+        ctx.save_for_backward(qkv, cu, out, softmax)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cu = ctx.saved_tensors
+        qkv, cu, out, softmax = ctx.saved_tensors
         gradient = torch.empty_like(qkv)
         q, k, v = qkv.unbind(1)
-        problem = _problem(q, k, v, (cu, cu), ctx.longest, ctx.options)
+        problem = _problem(q, k, v, (cu, cu), ctx.longest, softmax, out, ctx.options)
         _call(problem, grad.contiguous(), *gradient.unbind(1))
         return gradient, None, None, None, None, None
 
@@ -120,13 +135,14 @@ class _Separate(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu: tuple[Tensor, Tensor], longest: int, *how: Any
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        ctx.save_for_backward(q, k, v, *cu)
-        return _attend(ctx, q, k, v, cu, longest, *how)
+        out, softmax = _attend(ctx, q, k, v, cu, longest, *how)
+        ctx.save_for_backward(q, k, v, *cu, out, softmax)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *cu = ctx.saved_tensors
+        q, k, v, cu_q, cu_k, out, softmax = ctx.saved_tensors
         gradients = [torch.empty_like(x) for x in (q, k, v)]
-        _call(_problem(q, k, v, cu, ctx.longest, ctx.options), grad.contiguous(), *gradients)
+        _call(_problem(q, k, v, (cu_q, cu_k), ctx.longest, softmax, out, ctx.options), grad.contiguous(), *gradients)
         return *gradients, None, None, None, None, None

@@ -4,10 +4,12 @@
    out_i = sum_j keep_ij / (1 - p) * softmax_j(scale * q_i k_j) * v_j,   j of i's own sequence, |i - j| <= window
 
    Every (sequence, head) is one piece of work. Its keys, transposed, and its values are gathered into memory of the
-   thread's own; then ROWS queries at a time meet all their keys. The backward makes the probabilities again from q and
-   k, and the dropout decisions again from the seed (after Dao et al. 2022). */
+   thread's own; then ROWS queries at a time meet all their keys. The backward makes the probabilities again from q, k and what
+   the forward left of each softmax (its highest score, and 1 / the sum), and the dropout decisions again from the seed (after
+   Dao et al. 2022). */
 #define WANTS_LONG_VECTORS
 #include "native.h"
+#include "native_tiles.h"
 #include <math.h>
 
 #ifdef __AVX512F__
@@ -148,19 +150,11 @@ static inline float highest(const float *s, int64_t from, int64_t to, int64_t st
   return found;
 }
 
-/* Of one row of scores, start to end: what is outside [from, to) becomes nothing, the rest e^(scale * (s - the highest)).
-   Returns the sum. */
-static inline float weigh(float *s, float scale, int64_t from, int64_t to, int64_t start, int64_t end) {
-  const float top = highest(s, from, to, start, end);
-  vf sum = splat(0.0f);
-  for (int64_t j = start; j < end; j += WIDE) {
-    const vi seen = inside(j, from, to);
-    vf x = (*(vf *)(s + j) - splat(top)) * splat(scale);
-    x = (vf)((vi)exponential((vf)((vi)x & seen)) & seen);
-    *(vf *)(s + j) = x;
-    sum += x;
-  }
-  return total(sum);
+/* e^(scale (s - top)) of the scores from j on, nothing outside [from, to). */
+static inline vf power(const float *s, int64_t j, float scale, float top, int64_t from, int64_t to) {
+  const vi seen = inside(j, from, to);
+  const vf x = (*(const vf *)(s + j) - splat(top)) * splat(scale);
+  return (vf)((vi)exponential((vf)((vi)x & seen)) & seen);
 }
 
 typedef struct {
@@ -171,6 +165,8 @@ typedef struct {
   float scale, factor;
   uint32_t threshold;                    /* of 65536: the decisions below it are dropped */
   uint64_t seed;
+  float *softmax;                        /* of each query and head: the highest score and 1 / the sum; on tiles log2 of the sum */
+  const void *result;                    /* backward: what the forward gave; read where tiles are multiplied */
 } Problem;
 
 static void forward_of(const Problem *p, Space w, int64_t b, int64_t h, void *out) {
@@ -188,23 +184,31 @@ static void forward_of(const Problem *p, Space w, int64_t b, int64_t h, void *ou
     gather(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d, p->half);
     product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, end - start, 0);
     for (int64_t i = 0; i < rows; i++) {
-      float *s = w.s + i * wide;
+      float *s = w.s + i * wide, *found = p->softmax + ((first + i0 + i) * p->heads + h) * 2;
       visible(i0 + i, n, p->window, &from, &to);
-      const vf by = splat(1.0f / weigh(s, p->scale, from, to, start, end));
+      found[0] = highest(s, from, to, start, end);
       const uint64_t key = row_key(p->seed, (uint64_t)(first + i0 + i) * p->heads + h);
+      vf sum = splat(0.0f), keep, too;
       for (int64_t j = start; j < end; j += TILE) {
-        vf left = by, right = by;
+        vf left = power(s, j, p->scale, found[0], from, to), right = power(s, j + WIDE, p->scale, found[0], from, to);
+        sum += left + right;
         if (p->threshold) {
-          kept(key, j, p->threshold, p->factor, &left, &right);
-          left *= by;
-          right *= by;
+          kept(key, j, p->threshold, p->factor, &keep, &too);
+          left *= keep;
+          right *= too;
         }
-        *(vf *)(s + j) *= left;
-        *(vf *)(s + j + WIDE) *= right;
+        *(vf *)(s + j) = left;
+        *(vf *)(s + j + WIDE) = right;
       }
+      const float whole = total(sum);
+      found[1] = whole == 0.0f ? 0.0f : 1.0f / whole; /* of no keys; NaN stays NaN */
     }
     for (int64_t i = rows; i < padded; i++) memset(w.s + i * wide + start, 0, (end - start) * sizeof(float));
     product(w.s + start, wide, 1, w.v + start * d, d, w.out, d, padded, end - start, d, 0);
+    for (int64_t i = 0; i < rows; i++) {
+      const vf by = splat(p->softmax[((first + i0 + i) * p->heads + h) * 2 + 1]);
+      for (int64_t j = 0; j < d; j += WIDE) *(vf *)(w.out + i * d + j) *= by;
+    }
     scatter(out, (first + i0) * row + h * d, row, w.out, rows, d, p->half);
   }
 }
@@ -229,37 +233,30 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
     product(w.g, d, 1, w.vt + start, wide, w.slope + start, wide, padded, d, columns, 0);
     for (int64_t i = 0; i < rows; i++) {
       const int64_t t = first + i0 + i;
-      float *s = w.s + i * wide, *slope = w.slope + i * wide;
+      float *s = w.s + i * wide, *slope = w.slope + i * wide, *found = p->softmax + (t * p->heads + h) * 2;
       visible(i0 + i, n, p->window, &from, &to);
-      const vf by = splat(1.0f / weigh(s, p->scale, from, to, start, end)), scale = splat(p->scale);
       const uint64_t key = row_key(p->seed, (uint64_t)t * p->heads + h);
-      vf sum = splat(0.0f);
+      const vf by = splat(found[1]), scale = splat(p->scale);
+      vf sum = splat(0.0f), keep = splat(1.0f), too = keep;
       for (int64_t j = start; j < end; j += TILE) {
-        vf left = splat(1.0f), right = left, *a = (vf *)(s + j), *c = (vf *)(s + j + WIDE);
-        vf *x = (vf *)(slope + j), *y = (vf *)(slope + j + WIDE);
+        vf *a = (vf *)(s + j), *c = (vf *)(s + j + WIDE), *x = (vf *)(slope + j), *y = (vf *)(slope + j + WIDE);
+        *a = power(s, j, p->scale, found[0], from, to) * by;
+        *c = power(s, j + WIDE, p->scale, found[0], from, to) * by;
         if (p->threshold) {
-          kept(key, j, p->threshold, p->factor, &left, &right);
-          *(vf *)(w.keep + j) = left;
-          *(vf *)(w.keep + j + WIDE) = right;
+          kept(key, j, p->threshold, p->factor, &keep, &too);
+          *(vf *)(w.keep + j) = keep;
+          *(vf *)(w.keep + j + WIDE) = too;
+          *x *= keep;
+          *y *= too;
         }
-        *a *= by;
-        *c *= by;
-        *x *= left;
-        *y *= right;
         sum += *a * *x + *c * *y;
       }
+      /* what one key alone gives is nothing, to the last bit: the same numbers are summed that it is taken from */
       const vf mean = splat(total(sum));
-      for (int64_t j = start; j < end; j += TILE) {
-        vf left = splat(1.0f), right = left, *a = (vf *)(s + j), *c = (vf *)(s + j + WIDE);
-        vf *x = (vf *)(slope + j), *y = (vf *)(slope + j + WIDE);
-        if (p->threshold) {
-          left = *(vf *)(w.keep + j);
-          right = *(vf *)(w.keep + j + WIDE);
-        }
+      for (int64_t j = start; j < end; j += WIDE) {
+        vf *a = (vf *)(s + j), *x = (vf *)(slope + j);
         *x = *a * (*x - mean) * scale;
-        *y = *c * (*y - mean) * scale;
-        *a *= left;
-        *c *= right;
+        if (p->threshold) *a *= *(vf *)(w.keep + j);
       }
     }
     for (int64_t i = rows; i < padded; i++) {
@@ -275,7 +272,7 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
   scatter(dv, place, p->kv_stride, w.dv, n, d, p->half);
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
+#ifdef HAS_TILES
 #include "native_attention_tiles.h"
 #endif
 
@@ -283,7 +280,7 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
 int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, void *dv, int threads) {
   int failed = 0;
   const int64_t pieces = p->sequences * p->heads;
-#ifdef SIDE
+#ifdef HAS_TILES
   if (p->half && p->d % SIDE == 0 && tiles_allowed()) return attention_tiled(p, grad, out, dk, dv, threads);
 #endif
 #pragma omp parallel num_threads(threads)

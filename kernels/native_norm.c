@@ -103,14 +103,11 @@ INLINE void backward_of(const Problem *p, int64_t row, const void *dy, float *z,
 }
 
 /* Where numbers are in bf16 as constants, so that no loop asks. */
-#define WITH_HALVES(p, call)                                                                                           \
-  if (!(p)->half_x && !(p)->half_residual) {                                                                           \
-    Problem known = *(p); known.half_x = known.half_residual = 0; const Problem *problem = &known; call;               \
-  } else if ((p)->half_x && !(p)->half_residual) {                                                                     \
-    Problem known = *(p); known.half_x = 1; known.half_residual = 0; const Problem *problem = &known; call;            \
-  } else {                                                                                                             \
-    const Problem *problem = (p); call;                                                                                \
+#define KNOWN(p, of_x, of_residual, call)                                                                              \
+  if (!(p)->half_x == !of_x && !(p)->half_residual == !of_residual) {                                                  \
+    Problem known = *(p); known.half_x = of_x; known.half_residual = of_residual; const Problem *problem = &known; call; \
   }
+#define WITH_HALVES(p, call) KNOWN(p, 0, 0, call) KNOWN(p, 1, 0, call) KNOWN(p, 0, 1, call) KNOWN(p, 1, 1, call)
 
 /* y [rows, width]; `scratch`: [threads, width]. */
 void regraft_norm(const Problem *p, void *y, float *scratch, int threads) {

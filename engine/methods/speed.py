@@ -80,7 +80,7 @@ def _attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> 
     base, bias = self.regraft_merged
     down = [p.lora_A[ADAPTER].weight for p in parts]
     up = [p.lora_B[ADAPTER].weight for p in parts]
-    qkv = folded_lora(hidden_states[0], base, bias, down, up, self.query.scaling[ADAPTER])
+    qkv = folded_lora(hidden_states.squeeze(0), base, bias, down, up, self.query.scaling[ADAPTER])
     qkv = qkv.view(qkv.shape[0], 3, self.num_attention_heads, self.attention_head_size)
     p = self.dropout.p if self.training else 0.0
     out = self.regraft_state.layout.attend_merged(qkv, scale=self.scaling, dropout_p=p)

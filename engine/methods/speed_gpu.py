@@ -100,7 +100,7 @@ def _attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> 
     weight, bias = self.regraft_merged
     adapted = [(place, getattr(self, name)) for place, name in enumerate(PROJECTIONS)]
     adapted = [(place, part) for place, part in adapted if hasattr(part, "lora_A") and not _off(part)]
-    rows, size = hidden_states[0], weight.shape[0] // 3
+    rows, size = hidden_states.squeeze(0), weight.shape[0] // 3
     if adapted:
         qkv = lora_linear(
             rows,

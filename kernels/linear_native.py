@@ -1,0 +1,106 @@
+"""Linear layers in bf16 on a processor that multiplies tiles (AMX), in C, on CPU (native_linear.c).
+
+    y = x W^T + b,   h = gelu(y)                       dx = dy W,   dW = dy^T x,   db = sum dy
+
+Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16; dW [O, I] and db [O] in fp32, as they were added up. I and O are
+multiples of 32. 2 T I O FLOPs each; bytes moved: 2 (T I + T O + 2 O I) forward and for dx, 4 (T I + T O) + 4 O I for dW.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regraft.kernels import native
+from regraft.kernels.native import at
+
+SIDE = 32  # rows and columns that are multiplied together
+STRIP = 256  # rows whose sums are added up together
+HALF = torch.bfloat16
+
+
+class _Product(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("a", "b", "bias", "out", "active", "room")),
+        *((name, ctypes.c_int64) for name in ("rows", "inner", "wide", "turned")),
+    ]
+
+
+class _Slopes(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dy", "x", "dw", "db", "room")),
+        *((name, ctypes.c_int64) for name in ("rows", "outputs", "inputs")),
+    ]
+
+
+def runs_here(weight: Tensor) -> bool:
+    """Whether products with this weight [O, I] in bf16 are computed in C."""
+    return weight.dtype == HALF and not any(n % SIDE for n in weight.shape) and native.takes(weight) and _tiles()
+
+
+@cache
+def _tiles() -> bool:
+    return bool(native.call("regraft_linear_here", 1))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b. Shape: x [T, I], weight [O, I], bias [O] -> [T, O], all bf16."""
+    return _product(x, weight, bias, turned=True, active=False)[0]
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y = x W^T + b and gelu(y), by erf. Shape: as `linear`, twice."""
+    y, active = _product(x, weight, bias, turned=True, active=True)
+    assert active is not None
+    return y, active
+
+
+def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy W. Shape: dy [T, O], weight [O, I] -> [T, I], all bf16."""
+    return _product(dy, weight, None, turned=False, active=False)[0]
+
+
+def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
+    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I], bf16 -> [O, I], [O] in fp32."""
+    dy, x = dy.contiguous(), x.contiguous()
+    (rows, outputs), inputs = dy.shape, x.shape[1]
+    dw = torch.empty(outputs, inputs)
+    db = torch.empty(outputs) if bias else None
+    padded, strips = -(-rows // SIDE) * SIDE, -(-rows // STRIP)
+    room = torch.empty(padded * (outputs + inputs) + 2 * strips * outputs, dtype=HALF)
+    addresses = (None if t is None else t.data_ptr() for t in (dy, x, dw, db, room))
+    problem = _Slopes(*addresses, rows, outputs, inputs)
+    _call("regraft_linear_slopes", ctypes.byref(problem))
+    return dw, db
+
+
+def gelu_gradient(dh: Tensor, y: Tensor) -> Tensor:
+    """dh times gelu's slope at y. Shape: dh, y [T, O] -> [T, O], all bf16."""
+    dh, y = dh.contiguous(), y.contiguous()
+    dy = torch.empty_like(dh)
+    _call("regraft_gelu_slopes", at(dh), at(y), at(dy), dh.numel())
+    return dy
+
+
+def _product(
+    a: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool, active: bool
+) -> tuple[Tensor, Tensor | None]:
+    a, weight = a.contiguous(), weight.contiguous()
+    rows, inner = a.shape
+    wide = weight.shape[0] if turned else weight.shape[1]
+    out = a.new_empty(rows, wide)
+    gelu = torch.empty_like(out) if active else None
+    room = torch.empty(inner * (wide + SIDE), dtype=HALF)
+    addresses = (None if t is None else t.data_ptr() for t in (a, weight, bias, out, gelu, room))
+    problem = _Product(*addresses, rows, inner, wide, int(turned))
+    _call("regraft_linear", ctypes.byref(problem))
+    return out, gelu
+
+
+def _call(name: str, *arguments: Any) -> None:
+    if native.call(name, *arguments, torch.get_num_threads()):
+        raise RuntimeError(f"{name}: this process may not use the processor's tiles")

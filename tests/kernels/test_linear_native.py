@@ -1,0 +1,100 @@
+"""Linear layers on tiles: as near to fp64 as torch's own in bf16, the same bits for any company and number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from checking import poisoned
+from regraft.kernels import linear_native
+from regraft.kernels.linear_native import HALF
+
+pytestmark = pytest.mark.skipif(
+    not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)), reason="a processor without tiles of bf16 (AMX)"
+)
+
+ROWS = [1, 31, 32, 97, 1025]
+SHAPES = [(32, 64), (384, 1152), (1536, 384), (96, 32)]  # inputs and outputs of a layer
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape).to(HALF)
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert not found.isnan().any()
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def hold(found: Tensor, plain: Tensor, wanted: Tensor) -> None:
+    assert found.shape == plain.shape
+    assert error(found, wanted) <= 2 * error(plain, wanted) + 1e-7
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_are_as_near_to_fp64_as_torchs(rows, inputs, outputs, biased):
+    x, w, dy = drawn(rows, inputs), drawn(outputs, inputs), drawn(rows, outputs)
+    b = drawn(outputs) if biased else None
+    wide = x.double() @ w.double().T + (b.double() if biased else 0)
+    with poisoned():
+        y = linear_native.linear(x, w, b)
+        same, active = linear_native.linear_gelu(x, w, b)
+        dx = linear_native.input_gradient(dy, w)
+        dw, db = linear_native.weight_gradients(dy, x, biased)
+    assert y.dtype == active.dtype == dx.dtype == HALF and dw.dtype == torch.float32
+    assert torch.equal(y, same)
+    hold(y, torch.nn.functional.linear(x, w, b), wide)
+    hold(active, torch.nn.functional.gelu(y), torch.nn.functional.gelu(y.double()))
+    hold(dx, dy @ w, dy.double() @ w.double())
+    # sums are kept in fp32: torch's are held to what fp32 gives
+    hold(dw, dy.float().T @ x.float(), dy.double().T @ x.double())
+    assert (db is not None) == biased
+    if db is not None:
+        hold(db, dy.float().sum(0), dy.double().sum(0))
+
+
+def test_gelus_slope_is_as_near_to_fp64_as_torchs():
+    y, dh = torch.linspace(-12, 12, 32 * 97).to(HALF).view(97, 32), drawn(97, 32)
+    leaf = y.double().requires_grad_()
+    torch.nn.functional.gelu(leaf).backward(dh.double())
+    with poisoned():
+        found = linear_native.gelu_gradient(dh, y)
+    hold(found, torch.ops.aten.gelu_backward(dh, y), leaf.grad)
+
+
+def test_what_is_not_finite_shows():
+    x, w = drawn(40, 64), drawn(64, 64)
+    x[7, 3], x[9, 5] = float("nan"), float("inf")
+    y, active = linear_native.linear_gelu(x, w, None)
+    assert y[7].isnan().all() and active[7].isnan().all() and not y[9].isfinite().any()
+    assert y[8].isfinite().all() and y[10:].isfinite().all()
+    assert linear_native.weight_gradients(x, x, True)[1][3].isnan()
+
+
+def test_the_same_bits_for_any_number_of_threads_and_whatever_the_other_rows():
+    x, w, b, dy = drawn(1025, 384), drawn(1536, 384), drawn(1536), drawn(1025, 1536)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y, active = linear_native.linear_gelu(x, w, b)
+            found.append((y, active, linear_native.input_gradient(dy, w), *linear_native.weight_gradients(dy, x, True)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    alone = linear_native.linear(x[700:701], w, b)
+    assert torch.equal(alone, found[0][0][700:701])
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [torch.zeros(32, 48, dtype=HALF), torch.zeros(6, 32, dtype=HALF), torch.zeros(32, 32)],
+    ids=["inputs", "outputs", "fp32"],
+)
+def test_other_weights_are_left_to_torch(weight):
+    assert not linear_native.runs_here(weight)
