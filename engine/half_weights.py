@@ -143,7 +143,7 @@ class _HalfLinear(torch.autograd.Function):
             out = (linear_native if ctx.tiled else torch.nn.functional).linear(narrow, weight, bias)
             active = torch.nn.functional.gelu(out) if gelu else out
         ctx.save_for_backward(narrow, weight, out if gelu else None)
-        return active[: x.shape[:-1].numel()].view(*x.shape[:-1], -1)
+        return active[: x.shape[:-1].numel()].view(*x.shape[:-1], active.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -157,7 +157,7 @@ class _HalfLinear(torch.autograd.Function):
         dx = None
         if inputs:
             dx = linear_native.input_gradient(rows, weight) if ctx.tiled else rows @ weight
-            dx = dx[: grad.shape[:-1].numel()].view(*grad.shape[:-1], -1).to(ctx.dtype)
+            dx = dx[: grad.shape[:-1].numel()].view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtype)
         count = len(ctx.sizes)
         dw: Tensor | None
         db: Tensor | None
@@ -167,7 +167,7 @@ class _HalfLinear(torch.autograd.Function):
             dw, db = linear_native.weight_gradients(rows, narrow, of_biases)
         else:
             dw = (rows.t() @ narrow).float() if of_weights else None
-            db = rows.sum(0).float() if of_biases else None
+            db = rows.sum(0, dtype=torch.float32) if of_biases else None
         if dw is not None:
             found[:count] = dw.split(ctx.sizes)
         if db is not None:
@@ -206,9 +206,16 @@ def bind_half_weights(running: RunningModel) -> int:
         elif getattr(bound, "__func__", None) is _merged_attention_forward:
             module.regraft_half = HalfWeights([module.query, module.key, module.value])
     for module in running.model.modules():
-        if is_intermediate(module) and "forward" not in vars(module) and hasattr(module.dense, "regraft_half"):
+        if is_intermediate(module) and "forward" not in vars(module) and _unwatched(module):
             module.forward = _intermediate_forward.__get__(module)
     return count
+
+
+def _unwatched(intermediate: Any) -> bool:
+    # whoever listens to one of the two parts is to be called
+    parts = (intermediate.dense, intermediate.intermediate_act_fn)
+    heard = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+    return hasattr(intermediate.dense, "regraft_half") and not heard
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:

@@ -109,13 +109,18 @@ def _attend(
     return out, softmax
 
 
+def _read_again(out: Tensor) -> Tensor | None:
+    # the backward reads the result on tiles alone, which take bf16
+    return out if out.dtype == torch.bfloat16 else None
+
+
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu: Tensor, longest: int, *how: Any) -> Tensor:
         qkv = qkv.contiguous()
         q, k, v = qkv.unbind(1)
         out, softmax = _attend(ctx, q, k, v, (cu, cu), longest, *how)
-        ctx.save_for_backward(qkv, cu, out, softmax)
+        ctx.save_for_backward(qkv, cu, _read_again(out), softmax)
         return out
 
     @staticmethod
@@ -136,7 +141,7 @@ class _Separate(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, softmax = _attend(ctx, q, k, v, cu, longest, *how)
-        ctx.save_for_backward(q, k, v, *cu, out, softmax)
+        ctx.save_for_backward(q, k, v, *cu, _read_again(out), softmax)
         return out
 
     @staticmethod

@@ -3,7 +3,7 @@
     y = x W^T + b,   h = gelu(y)                       dx = dy W,   dW = dy^T x,   db = sum dy
 
 Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16; dW [O, I] and db [O] in fp32, as they were added up. I and O are
-multiples of 32. 2 T I O FLOPs each; bytes moved: 2 (T I + T O + 2 O I) forward and for dx, 4 (T I + T O) + 4 O I for dW.
+multiples of 32; anything else raises ValueError. 2 T I O FLOPs each; bytes moved: 2 (T I + T O + 2 O I) forward and for dx, 4 (T I + T O) + 4 O I for dW.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 from regraft.kernels import native
 from regraft.kernels.native import at
 
-SIDE = 32  # rows and columns that are multiplied together
-STRIP = 256  # rows whose sums are added up together
+SIDE = 32  # rows and columns that are multiplied together, as in native_tiles.h
+STRIP = 256  # rows whose sums are added up together, as in native_linear.c
 HALF = torch.bfloat16
 
 
@@ -39,7 +39,8 @@ class _Slopes(ctypes.Structure):
 
 def runs_here(weight: Tensor) -> bool:
     """Whether products with this weight [O, I] in bf16 are computed in C."""
-    return weight.dtype == HALF and not any(n % SIDE for n in weight.shape) and native.takes(weight) and _tiles()
+    fits = weight.dtype == HALF and weight.dim() == 2 and weight.numel() > 0 and not any(n % SIDE for n in weight.shape)
+    return fits and native.takes(weight) and _tiles()
 
 
 @cache
@@ -68,10 +69,12 @@ def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor 
     """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I], bf16 -> [O, I], [O] in fp32."""
     dy, x = dy.contiguous(), x.contiguous()
     (rows, outputs), inputs = dy.shape, x.shape[1]
-    dw = torch.empty(outputs, inputs)
-    db = torch.empty(outputs) if bias else None
+    _expect("x", x, (rows, inputs))
+    _expect("dy", dy, (rows, outputs))
+    dw = dy.new_empty(outputs, inputs, dtype=torch.float32)
+    db = dy.new_empty(outputs, dtype=torch.float32) if bias else None
     padded, strips = -(-rows // SIDE) * SIDE, -(-rows // STRIP)
-    room = torch.empty(padded * (outputs + inputs) + 2 * strips * outputs, dtype=HALF)
+    room = dy.new_empty(padded * (outputs + inputs) + 2 * strips * outputs)
     addresses = (None if t is None else t.data_ptr() for t in (dy, x, dw, db, room))
     problem = _Slopes(*addresses, rows, outputs, inputs)
     _call("regraft_linear_slopes", ctypes.byref(problem))
@@ -81,6 +84,8 @@ def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor 
 def gelu_gradient(dh: Tensor, y: Tensor) -> Tensor:
     """dh times gelu's slope at y. Shape: dh, y [T, O] -> [T, O], all bf16."""
     dh, y = dh.contiguous(), y.contiguous()
+    _expect("dh", dh, tuple(y.shape))
+    _expect("y", y, tuple(y.shape))
     dy = torch.empty_like(dh)
     _call("regraft_gelu_slopes", at(dh), at(y), at(dy), dh.numel())
     return dy
@@ -90,15 +95,29 @@ def _product(
     a: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool, active: bool
 ) -> tuple[Tensor, Tensor | None]:
     a, weight = a.contiguous(), weight.contiguous()
-    rows, inner = a.shape
-    wide = weight.shape[0] if turned else weight.shape[1]
+    inner, wide = reversed(weight.shape) if turned else weight.shape
+    rows = len(a)
+    _expect("x" if turned else "dy", a, (rows, inner))
+    _expect("weight", weight, tuple(weight.shape))
+    if bias is not None:
+        bias = bias.contiguous()
+        _expect("bias", bias, (wide,))
     out = a.new_empty(rows, wide)
     gelu = torch.empty_like(out) if active else None
-    room = torch.empty(inner * (wide + SIDE), dtype=HALF)
+    room = a.new_empty(inner * (wide + SIDE))
     addresses = (None if t is None else t.data_ptr() for t in (a, weight, bias, out, gelu, room))
     problem = _Product(*addresses, rows, inner, wide, int(turned))
     _call("regraft_linear", ctypes.byref(problem))
     return out, gelu
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    # raw addresses go to C: another shape would read what is not there
+    if x.dtype != HALF or x.device.type != "cpu" or tuple(x.shape) != shape:
+        found = f"{list(x.shape)} in {x.dtype} on {x.device.type}"
+        raise ValueError(f"{name}: is {found}, expected {list(shape)} in {HALF} on cpu")
+    if x.shape[-1] % SIDE:
+        raise ValueError(f"{name}: last dimension is {x.shape[-1]}, expected a multiple of {SIDE}")
 
 
 def _call(name: str, *arguments: Any) -> None:

@@ -47,6 +47,8 @@ INLINE void tile(const float *a, int64_t ar, int64_t ak, const float *b, int64_t
 /* c[m][w] (+)= a[m][n] b[n][w]; m and n multiples of DEEP, w of COLUMNS. Sums of DEEP terms are summed: rounding grows less. */
 static void product(const float *a, int64_t ar, int64_t ak, const float *b, int64_t ldb, float *c, int64_t ldc, int64_t m,
                     int64_t n, int64_t w, int add) {
+  if (n <= 0 && !add)
+    for (int64_t i = 0; i < m; i++) memset(c + i * ldc, 0, w * sizeof(float));
   for (int64_t k = 0; k < n; k += DEEP)
     for (int64_t j = 0; j < w; j += COLUMNS)
       for (int64_t i = 0; i < m; i += MR)
@@ -165,7 +167,8 @@ typedef struct {
   float scale, factor;
   uint32_t threshold;                    /* of 65536: the decisions below it are dropped */
   uint64_t seed;
-  float *softmax;                        /* of each query and head: the highest score and 1 / the sum; on tiles log2 of the sum */
+  float *softmax;                        /* of each query and head two: the highest score and 1 / the sum, or where tiles are
+                                            multiplied log2 of the sum of e^(scale score), and nothing */
   const void *result;                    /* backward: what the forward gave; read where tiles are multiplied */
 } Problem;
 
@@ -180,7 +183,7 @@ static void forward_of(const Problem *p, Space w, int64_t b, int64_t h, void *ou
     int64_t rows = least(ROWS, m - i0), padded = up(rows, DEEP), from, to, last;
     visible(i0, n, p->window, &from, &last);
     visible(i0 + rows - 1, n, p->window, &last, &to);
-    const int64_t start = from / TILE * TILE, end = up(to, TILE);
+    const int64_t start = from / TILE * TILE, end = most(start, up(to, TILE));
     gather(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d, p->half);
     product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, end - start, 0);
     for (int64_t i = 0; i < rows; i++) {
@@ -226,7 +229,7 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
     int64_t rows = least(ROWS, m - i0), padded = up(rows, DEEP), from, to, last;
     visible(i0, n, p->window, &from, &last);
     visible(i0 + rows - 1, n, p->window, &last, &to);
-    const int64_t start = from / TILE * TILE, end = up(to, TILE), columns = end - start;
+    const int64_t start = from / TILE * TILE, end = most(start, up(to, TILE)), columns = end - start;
     gather(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, padded, d, p->half);
     gather(w.g, grad, (first + i0) * row + h * d, row, rows, padded, d, p->half);
     product(w.q, d, 1, w.kt + start, wide, w.s + start, wide, padded, d, columns, 0);

@@ -143,7 +143,7 @@ static void forward_tiled(const Problem *p, Tiled w, int64_t b, int64_t h, uint1
     int64_t rows = least(SIDE, m - i0), from, to, last;
     visible(i0, n, p->window, &from, &last);
     visible(i0 + rows - 1, n, p->window, &last, &to);
-    const int64_t start = from / SIDE * SIDE, end = up(to, SIDE);
+    const int64_t start = from / SIDE * SIDE, end = most(start, up(to, SIDE));
     rows_of(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, d);
     rows_ahead(p->q, (first + i0 + SIDE) * p->q_stride + h * d, p->q_stride, m - i0 - SIDE, d);
     tiles(w.q, d * 2, w.k_along + start, wide * 4, w.s + start, wide * 4, SIDE, d, end - start, 0);
@@ -220,7 +220,7 @@ static void backward_tiled(const Problem *p, Tiled w, int64_t b, int64_t h, cons
     int64_t rows = least(SIDE, m - i0), from, to, last;
     visible(i0, n, p->window, &from, &last);
     visible(i0 + rows - 1, n, p->window, &last, &to);
-    const int64_t start = from / SIDE * SIDE, end = up(to, SIDE);
+    const int64_t start = from / SIDE * SIDE, end = most(start, up(to, SIDE));
     rows_of(w.q, p->q, (first + i0) * p->q_stride + h * d, p->q_stride, rows, d);
     rows_of(w.g, grad, (first + i0) * row + h * d, row, rows, d);
     rows_ahead(p->q, (first + i0 + SIDE) * p->q_stride + h * d, p->q_stride, m - i0 - SIDE, d);
@@ -234,6 +234,7 @@ static void backward_tiled(const Problem *p, Tiled w, int64_t b, int64_t h, cons
       of.less[i] = i < rows ? p->softmax[(t * p->heads + h) * 2] : 1e9f; /* no probability is left of what is no query */
       of.mean[i] = i < rows ? inner(p->result, t * row + h * d, w.g, i * d, d) : 0.0f;
     }
+    if (start >= end) memset(w.out, 0, SIDE * d * sizeof(float)); /* no keys, and no gradient */
     for (int64_t j = start; j < end; j += SIDE) {
       tiles(w.q, d * 2, w.k_along + j, wide * 4, w.s, SIDE * 4, SIDE, d, SIDE, 0);
       tiles(w.g, d * 2, w.v_along + j, wide * 4, w.slope, SIDE * 4, SIDE, d, SIDE, 0);

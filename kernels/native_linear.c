@@ -11,10 +11,10 @@
 #include "native_tiles.h"
 
 #ifdef HAS_TILES
-#define LARGE 192    /* rows and columns of a weight's gradient, one piece of work */
-#define STRIP 256    /* rows that are worked on together */
-#define GROUP (768 << 10) /* bytes of b that stay in the next one: with a strip, one piece of work */
-#define HALF_TILE 16 /* rows of a tile, and pairs along it */
+#define STRIP 256         /* rows that are worked on together; linear_native.py counts with it and with SIDE */
+#define GROUP (768 << 10) /* bytes of b that stay in a cache meanwhile: with a strip, one piece of work */
+#define LARGE 192         /* rows and columns of a weight's gradient, one piece of work */
+#define TILE_ROWS 16      /* of a tile; as many pairs are along each */
 
 typedef struct {
   const uint16_t *a, *b, *bias; /* a [rows][inner]; b [wide][inner] where `turned`, else [inner][wide]; bias [wide] or NULL */
@@ -31,7 +31,7 @@ static void pack_straight(uint32_t *to, const uint16_t *from, int64_t stride, in
 
 /* The same of SIDE rows that are columns of b, `inner` numbers each. */
 static void pack_turned(uint32_t *to, const uint16_t *from, int64_t inner) {
-  for (int64_t k = 0; k < inner / 2; k += HALF_TILE)
+  for (int64_t k = 0; k < inner / 2; k += TILE_ROWS)
     for (int64_t j = 0; j < SIDE; j += 16) {
       vu rows[16];
       for (int i = 0; i < 16; i++) rows[i] = *(const vu *)(from + (j + i) * inner + 2 * k);
@@ -68,20 +68,21 @@ static void finish(const Product *p, const float *sums, int64_t row, int64_t row
   }
 }
 
-/* Rows first to last of the product with some panels of SIDE columns. */
-static void strip_of(const Product *p, const uint16_t *edge, int64_t first, int64_t last, int64_t panel, int64_t panels) {
+/* Rows `first` to `last` of the product with panels `panel` to `end`, of SIDE columns each. */
+static void strip_of(const Product *p, const uint16_t *edge, int64_t first, int64_t last, int64_t panel, int64_t end) {
   float sums[SIDE * SIDE] __attribute__((aligned(64)));
   const int64_t lda = p->inner * 2, panel_bytes = p->inner * SIDE * 2;
   for (int64_t i = first; i < last; i += SIDE) {
     const char *rows = i + SIDE <= p->rows ? (const char *)(p->a + i * p->inner) : (const char *)edge;
     const int64_t n = least(SIDE, p->rows - i);
-    for (int64_t j = panel; j < panels; j++) {
+    for (int64_t j = panel; j < end; j++) {
       if ((j - panel) % 2 == 0)
-        for (int64_t column = j * SIDE; column < least(j + 2, panels) * SIDE; column += SIDE) {
+        for (int64_t column = j * SIDE; column < least(j + 2, end) * SIDE; column += SIDE) {
           lines_ahead(p->out + i * p->wide + column, p->wide * 2, n, 1);
           if (p->active) lines_ahead(p->active + i * p->wide + column, p->wide * 2, n, 1);
         }
-      tile_block(rows, rows + 16 * lda, lda, 64, p->room + j * panel_bytes, SIDE * 4, (char *)sums, SIDE * 4, p->inner / SIDE, 0, 1);
+      tile_block(rows, rows + 16 * lda, lda, 64, p->room + j * panel_bytes, SIDE * 4, (char *)sums, SIDE * 4, p->inner / SIDE, 0,
+                 1);
       finish(p, sums, i, n, j * SIDE);
     }
   }
@@ -104,8 +105,8 @@ int regraft_linear(const Product *p, int threads) {
   if (!tiles_allowed()) return 1;
   const int64_t panels = p->wide / SIDE, panel_bytes = p->inner * SIDE * 2, edge_rows = p->rows % SIDE;
   uint16_t *edge = (uint16_t *)(p->room + panels * panel_bytes);
-  const int64_t strips = up(p->rows, STRIP) / STRIP, each = most(1, least(GROUP / panel_bytes, up(panels, 2 * threads) / (2 * threads)));
-  const int64_t groups = up(panels, each) / each;
+  const int64_t strips = up(p->rows, STRIP) / STRIP, shared = up(panels, 2 * threads) / (2 * threads);
+  const int64_t each = most(1, least(GROUP / panel_bytes, shared)), groups = up(panels, each) / each; /* panels of a group */
 #pragma omp parallel num_threads(threads)
   {
     Before before;

@@ -205,7 +205,7 @@ class Encoder:
         )
         self._context: Any = nullcontext
         if spec.compute == "bf16" and next(self.running.parameters()).device.type == "cpu":
-            # products alone, on rows filled up to few numbers: each number of rows that is new costs a CPU more than its product
+            # products alone, over weights that are cast once
             bind_half_weights(self.running)
             self._context = partial(torch.autocast, "cpu", torch.bfloat16)
         elif spec.compute != "fp32":

@@ -31,6 +31,8 @@ def pair(folder, *, kernels: bool = True) -> tuple[RunningModel, RunningModel]:
             running.use_kernels()
         if half:
             assert bind_half_weights(running) > 0
+            layers = running.model.base_model.encoder.layer
+            assert all("forward" in vars(layer.intermediate) for layer in layers)  # with GELU
         both.append(running.eval())  # without dropout
     return both[0], both[1]
 
@@ -100,6 +102,44 @@ def test_parameters_state_dict_and_a_frozen_weight_never_notice(tiny_model):
         weight.requires_grad_(False)
     found = gradients(half)
     assert found and not any(".layer.0." in name for name in found)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_biases_alone_have_the_gradients_that_they_have_among_all(tiny_model, tiled, monkeypatch):
+    if not tiled:
+        monkeypatch.setattr(linear_native, "runs_here", lambda weight: False)
+    _, half = pair(tiny_model)
+    among_all = gradients(half)
+    for name, weight in half.model.named_parameters():
+        weight.requires_grad_(name.endswith(".bias"))
+    alone = gradients(half)
+    assert alone and alone.keys() < among_all.keys()
+    for name, found in alone.items():
+        # summed in another order
+        torch.testing.assert_close(found, among_all[name], rtol=1e-4, atol=1e-5 * float(found.abs().max()), msg=name)
+
+
+def test_no_rows_are_no_rows(tiny_model):
+    _, half = pair(tiny_model)
+    layer = half.model.base_model.encoder.layer[0].intermediate
+    x = torch.zeros(2, 0, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.shape == (2, 0, 64)
+    out.sum().backward()
+    assert x.grad.shape == x.shape and not layer.dense.weight.grad.any()
+
+
+def test_whoever_listens_to_a_part_is_called(tiny_model):
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
+    heard = []
+    model.base_model.encoder.layer[1].intermediate.dense.register_forward_hook(lambda *_: heard.append(1))
+    running = RunningModel(model, pad_token_id=0)
+    running.run_packed()
+    bind_half_weights(running)
+    logits(running.eval())
+    assert heard == [1]
 
 
 def test_without_autocast_products_are_in_fp32(tiny_model):

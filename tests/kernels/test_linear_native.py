@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
     not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)), reason="a processor without tiles of bf16 (AMX)"
 )
 
-ROWS = [1, 31, 32, 97, 1025]
+ROWS = [0, 1, 31, 32, 97, 1025]
 SHAPES = [(32, 64), (384, 1152), (1536, 384), (96, 32)]  # inputs and outputs of a layer
 
 
@@ -24,7 +24,7 @@ def drawn(*shape: int) -> Tensor:
 
 def error(found: Tensor, wanted: Tensor) -> float:
     assert not found.isnan().any()
-    return float((found.double() - wanted).norm() / wanted.norm())
+    return float((found.double() - wanted).norm() / max(float(wanted.norm()), 1e-30))
 
 
 def hold(found: Tensor, plain: Tensor, wanted: Tensor) -> None:
@@ -70,6 +70,7 @@ def test_what_is_not_finite_shows():
     x[7, 3], x[9, 5] = float("nan"), float("inf")
     y, active = linear_native.linear_gelu(x, w, None)
     assert y[7].isnan().all() and active[7].isnan().all() and not y[9].isfinite().any()
+    assert (active[9][y[9] > 0] == torch.inf).all()
     assert y[8].isfinite().all() and y[10:].isfinite().all()
     assert linear_native.weight_gradients(x, x, True)[1][3].isnan()
 
@@ -89,6 +90,20 @@ def test_the_same_bits_for_any_number_of_threads_and_whatever_the_other_rows():
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
     alone = linear_native.linear(x[700:701], w, b)
     assert torch.equal(alone, found[0][0][700:701])
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    w = drawn(64, 32)
+    for call, name in (
+        (lambda: linear_native.linear(drawn(3, 64), w, None), "x"),
+        (lambda: linear_native.linear(drawn(3, 32), w, drawn(32)), "bias"),
+        (lambda: linear_native.linear(torch.randn(3, 32), w, None), "x"),
+        (lambda: linear_native.input_gradient(drawn(3, 32), w), "dy"),
+        (lambda: linear_native.weight_gradients(drawn(4, 64), drawn(3, 32), True), "x"),
+        (lambda: linear_native.gelu_gradient(drawn(4, 64), drawn(3, 64)), "dh"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: is .*expected"):
+            call()
 
 
 @pytest.mark.parametrize(
