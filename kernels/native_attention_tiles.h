@@ -16,12 +16,6 @@ static void tiles(const void *a, int64_t lda, const void *b, int64_t ldb, float 
     }
 }
 
-/* Rows 2 r and 2 r + 1 of n side by side, number by number: [padded / 2][d] pairs. What is beyond n is 0. */
-static void paired(uint32_t *to, int64_t ldto, const uint16_t *from, int64_t stride, int64_t n, int64_t padded, int64_t d) {
-  for (int64_t r = 0; r < padded / 2; r++)
-    for (int64_t j = 0; j < d; j += 16) *(vu *)(to + r * ldto + j) = pair_of(from + j, stride, r, n);
-}
-
 /* Pairs along a row, transposed: [d / 2][wide] pairs. */
 static void pairs_transposed(uint32_t *to, const uint16_t *from, int64_t stride, int64_t n, int64_t wide, int64_t d) {
   for (int64_t i = 0; i < wide; i += 16)

@@ -23,14 +23,8 @@ typedef struct {
   int64_t rows, inner, wide, turned;
 } Product;
 
-/* `padded` rows of SIDE columns, those from n on 0, to pairs of rows: [padded / 2][SIDE] pairs. */
-static void pack_straight(uint32_t *to, const uint16_t *from, int64_t stride, int64_t n, int64_t padded) {
-  for (int64_t r = 0; r < padded / 2; r++)
-    for (int64_t j = 0; j < SIDE; j += 16) *(vu *)(to + r * SIDE + j) = pair_of(from + j, stride, r, n);
-}
-
-/* The same of SIDE rows that are columns of b, `inner` numbers each. */
-static void pack_turned(uint32_t *to, const uint16_t *from, int64_t inner) {
+/* SIDE rows of `inner` numbers, which are columns of b, to pairs of its rows: [inner / 2][SIDE]. */
+static void paired_turned(uint32_t *to, const uint16_t *from, int64_t inner) {
   for (int64_t k = 0; k < inner / 2; k += TILE_ROWS)
     for (int64_t j = 0; j < SIDE; j += 16) {
       vu rows[16];
@@ -41,7 +35,7 @@ static void pack_turned(uint32_t *to, const uint16_t *from, int64_t inner) {
 }
 
 /* SIDE rows of 16 columns, those from n on 0, to a tile whose rows the columns are; they are added to `sums` too. */
-INLINE void pack_columns(uint32_t *to, float *sums, const uint16_t *from, int64_t stride, int64_t n) {
+INLINE void tile_of_columns(uint32_t *to, float *sums, const uint16_t *from, int64_t stride, int64_t n) {
   vf even = *(const vf *)sums, odd = splat(0.0f);
   vu pairs[16];
   for (int i = 0; i < 16; i++) {
@@ -114,9 +108,9 @@ int regraft_linear(const Product *p, int threads) {
     for (int64_t j = 0; j < panels; j++) {
       uint32_t *to = (uint32_t *)(p->room + j * panel_bytes);
       if (p->turned)
-        pack_turned(to, p->b + j * SIDE * p->inner, p->inner);
+        paired_turned(to, p->b + j * SIDE * p->inner, p->inner);
       else
-        pack_straight(to, p->b + j * SIDE, p->wide, p->inner, p->inner);
+        paired(to, SIDE, p->b + j * SIDE, p->wide, p->inner, p->inner, SIDE);
     }
 #pragma omp single
     {
@@ -157,11 +151,12 @@ int regraft_linear_slopes(const Slopes *p, int threads) {
         const int64_t n = p->rows - row, next = least(SIDE, n - SIDE);
         for (int64_t o = 0; o < p->out; o += 16) {
           if (o % SIDE == 0) lines_ahead(p->dy + (row + SIDE) * p->out + o, p->out * 2, next, 0);
-          pack_columns((uint32_t *)(p->room + o / 16 * band + row * 32), sum + o, p->dy + row * p->out + o, p->out, n);
+          tile_of_columns((uint32_t *)(p->room + o / 16 * band + row * 32), sum + o, p->dy + row * p->out + o, p->out, n);
         }
         for (int64_t i = 0; i < p->in; i += SIDE) {
           lines_ahead(p->x + (row + SIDE) * p->in + i, p->in * 2, next, 0);
-          pack_straight((uint32_t *)(inputs + i / SIDE * panel + row * SIDE * 2), p->x + row * p->in + i, p->in, n, SIDE);
+          uint32_t *to = (uint32_t *)(inputs + i / SIDE * panel + row * SIDE * 2);
+          paired(to, SIDE, p->x + row * p->in + i, p->in, n, SIDE, SIDE);
         }
       }
     }

@@ -121,6 +121,12 @@ INLINE vu pair_of(const uint16_t *from, int64_t stride, int64_t r, int64_t n) {
   return pair;
 }
 
+/* Rows 2 r and 2 r + 1 of n side by side, number by number: [padded / 2][d] pairs. What is beyond n is 0. */
+static inline void paired(uint32_t *to, int64_t ldto, const uint16_t *from, int64_t stride, int64_t n, int64_t padded, int64_t d) {
+  for (int64_t r = 0; r < padded / 2; r++)
+    for (int64_t j = 0; j < d; j += 16) *(vu *)(to + r * ldto + j) = pair_of(from + j, stride, r, n);
+}
+
 /* Two vectors side by side, to bf16. */
 INLINE void store_both(uint16_t *to, vf left, vf right) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
