@@ -98,7 +98,8 @@ def _product(
     inner, wide = reversed(weight.shape) if turned else weight.shape
     rows = len(a)
     _expect("x" if turned else "dy", a, (rows, inner))
-    _expect("weight", weight, tuple(weight.shape))
+    for side in (weight, weight.T):
+        _expect("weight", side, tuple(side.shape))
     if bias is not None:
         bias = bias.contiguous()
         _expect("bias", bias, (wide,))

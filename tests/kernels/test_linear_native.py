@@ -98,6 +98,7 @@ def test_what_does_not_fit_is_refused_by_name():
         (lambda: linear_native.linear(drawn(3, 64), w, None), "x"),
         (lambda: linear_native.linear(drawn(3, 32), w, drawn(32)), "bias"),
         (lambda: linear_native.linear(torch.randn(3, 32), w, None), "x"),
+        (lambda: linear_native.linear(drawn(3, 32), drawn(48, 32), None), "weight"),
         (lambda: linear_native.input_gradient(drawn(3, 32), w), "dy"),
         (lambda: linear_native.weight_gradients(drawn(4, 64), drawn(3, 32), True), "x"),
         (lambda: linear_native.gelu_gradient(drawn(4, 64), drawn(3, 64)), "dh"),
