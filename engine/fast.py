@@ -67,11 +67,15 @@ def _splits_into_heads(module: nn.Module) -> bool:
 
 
 def _merged_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    merged = _merged_projection(self, hidden_states.squeeze(0))
-    qkv = merged.view(merged.shape[0], 3, self.num_attention_heads, self.attention_head_size)
-    p = self.dropout.p if self.training else 0.0
-    out = self.regraft_state.layout.attend_merged(qkv, scale=self.scaling, dropout_p=p)
-    return out.reshape(1, hidden_states.shape[1], -1), None
+    return attended(self, _merged_projection(self, hidden_states.squeeze(0))), None
+
+
+def attended(attention: Any, merged: Tensor) -> Tensor:
+    """What BERT-like attention gives of its queries, keys and values side by side. [T, 3 H] -> [1, T, H]."""
+    qkv = merged.view(merged.shape[0], 3, attention.num_attention_heads, attention.attention_head_size)
+    p = attention.dropout.p if attention.training else 0.0
+    out = attention.regraft_state.layout.attend_merged(qkv, scale=attention.scaling, dropout_p=p)
+    return out.reshape(1, merged.shape[0], -1)
 
 
 def _merged_projection(self: Any, rows: Tensor) -> Tensor:

@@ -132,13 +132,13 @@ def _filled_up(x: Tensor) -> Tensor:
 
 class _HalfLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, half: HalfWeights, gelu: bool, *masters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, half: HalfWeights, gelu: bool, keep: bool, *masters: Tensor) -> Tensor:
         weight, bias = half.current()
         ctx.tiled, ctx.gelu = linear_native.runs_here(weight), gelu
         ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in half.layers]
         narrow = _narrow(x, ctx.tiled)
         if ctx.tiled and gelu:
-            out, active = linear_native.linear_gelu(narrow, weight, bias)
+            out, active = linear_native.linear_gelu(narrow, weight, bias, keep=keep)
         else:
             out = (linear_native if ctx.tiled else torch.nn.functional).linear(narrow, weight, bias)
             active = torch.nn.functional.gelu(out) if gelu else out
@@ -153,7 +153,7 @@ class _HalfLinear(torch.autograd.Function):
         if ctx.gelu:
             slope = linear_native.gelu_gradient if ctx.tiled else torch.ops.aten.gelu_backward
             rows = slope(rows, out)
-        inputs, _, _, *masters = ctx.needs_input_grad
+        inputs, _, _, _, *masters = ctx.needs_input_grad
         dx = None
         if inputs:
             dx = linear_native.input_gradient(rows, weight) if ctx.tiled else rows @ weight
@@ -172,7 +172,7 @@ class _HalfLinear(torch.autograd.Function):
             found[:count] = dw.split(ctx.sizes)
         if db is not None:
             found[count:] = db.split(ctx.sizes)
-        return dx, None, None, *(part if asked else None for part, asked in zip(found, masters, strict=True))
+        return dx, None, None, None, *(part if asked else None for part, asked in zip(found, masters, strict=True))
 
 
 def _narrow(x: Tensor, tiled: bool) -> Tensor:
@@ -183,7 +183,7 @@ def _narrow(x: Tensor, tiled: bool) -> Tensor:
 def half_linear(x: Tensor, half: HalfWeights, gelu: bool = False) -> Tensor:
     """The layers' outputs side by side in bf16, or their GELU, differentiable in x and in the fp32 weights.
     [.., I] -> [.., sum of O]."""
-    return _HalfLinear.apply(x, half, gelu, *half.masters)
+    return _HalfLinear.apply(x, half, gelu, torch.is_grad_enabled(), *half.masters)
 
 
 def in_force(x: Tensor) -> bool:
@@ -206,16 +206,16 @@ def bind_half_weights(running: RunningModel) -> int:
         elif getattr(bound, "__func__", None) is _merged_attention_forward:
             module.regraft_half = HalfWeights([module.query, module.key, module.value])
     for module in running.model.modules():
-        if is_intermediate(module) and "forward" not in vars(module) and _unwatched(module):
+        bound = "forward" in vars(module) or not is_intermediate(module) or not hasattr(module.dense, "regraft_half")
+        if not bound and unwatched(module):
             module.forward = _intermediate_forward.__get__(module)
     return count
 
 
-def _unwatched(intermediate: Any) -> bool:
-    # whoever listens to one of the two parts is to be called
+def unwatched(intermediate: Any) -> bool:
+    """Whether nobody listens to one of the two parts, who would have to be called."""
     parts = (intermediate.dense, intermediate.intermediate_act_fn)
-    heard = any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
-    return hasattr(intermediate.dense, "regraft_half") and not heard
+    return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:

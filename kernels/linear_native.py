@@ -2,6 +2,8 @@
 
     y = x W^T + b,   h = gelu(y)                       dx = dy W,   dW = dy^T x,   db = sum dy
 
+Products with W may have a low-rank term added in the same sums: y + u B^T, dx + v A.
+
 Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16; dW [O, I] and db [O] in fp32, as they were added up. I and O are
 multiples of 32; anything else raises ValueError. 2 T I O FLOPs each; bytes moved: 2 (T I + T O + 2 O I) forward and for dx, 4 (T I + T O) + 4 O I for dW.
 """
@@ -21,12 +23,13 @@ from regraft.kernels.native import at
 SIDE = 32  # rows and columns that are multiplied together, as in native_tiles.h
 STRIP = 256  # rows whose sums are added up together, as in native_linear.c
 HALF = torch.bfloat16
+LowRank = tuple[Tensor, Tensor] | None
 
 
 class _Product(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("a", "b", "bias", "out", "active", "room")),
-        *((name, ctypes.c_int64) for name in ("rows", "inner", "wide", "turned")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "bias", "out", "active", "more", "beside", "room")),
+        *((name, ctypes.c_int64) for name in ("rows", "inner", "wide", "thin", "turned")),
     ]
 
 
@@ -48,21 +51,29 @@ def _tiles() -> bool:
     return bool(native.call("regraft_linear_here", 1))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b. Shape: x [T, I], weight [O, I], bias [O] -> [T, O], all bf16."""
-    return _product(x, weight, bias, turned=True, active=False)[0]
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None) -> Tensor:
+    """x W^T + b, and + u B^T of `low`, which is (u, B). Shape: x [T, I], weight [O, I], bias [O], u [T, R], B [O, R] -> [T, O],
+    all bf16; R as I and O."""
+    out = x.new_empty(len(x), len(weight))
+    _product(x, weight, bias, low, out, None, turned=True)
+    return out
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """y = x W^T + b and gelu(y), by erf. Shape: as `linear`, twice."""
-    y, active = _product(x, weight, bias, turned=True, active=True)
-    assert active is not None
-    return y, active
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None, *, keep: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """y = x W^T + b, with `low` as `linear`, and gelu(y), by erf. Shape: as `linear`, twice; y is None unless `keep`."""
+    active = x.new_empty(len(x), len(weight))
+    out = torch.empty_like(active) if keep else None
+    _product(x, weight, bias, low, out, active, turned=True)
+    return out, active
 
 
-def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy W. Shape: dy [T, O], weight [O, I] -> [T, I], all bf16."""
-    return _product(dy, weight, None, turned=False, active=False)[0]
+def input_gradient(dy: Tensor, weight: Tensor, low: LowRank = None) -> Tensor:
+    """dy W, and + v A of `low`, which is (v, A). Shape: dy [T, O], weight [O, I], v [T, R], A [R, I] -> [T, I], all bf16."""
+    out = dy.new_empty(len(dy), weight.shape[1])
+    _product(dy, weight, None, low, out, None, turned=False)
+    return out
 
 
 def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -92,24 +103,34 @@ def gelu_gradient(dh: Tensor, y: Tensor) -> Tensor:
 
 
 def _product(
-    a: Tensor, weight: Tensor, bias: Tensor | None, *, turned: bool, active: bool
-) -> tuple[Tensor, Tensor | None]:
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: LowRank,
+    out: Tensor | None,
+    active: Tensor | None,
+    *,
+    turned: bool,
+) -> None:
     a, weight = a.contiguous(), weight.contiguous()
     inner, wide = reversed(weight.shape) if turned else weight.shape
-    rows = len(a)
+    rows, thin = len(a), 0
     _expect("x" if turned else "dy", a, (rows, inner))
     for side in (weight, weight.T):
         _expect("weight", side, tuple(side.shape))
+    more = beside = None
+    if low is not None:
+        more, beside = (part.contiguous() for part in low)
+        thin = more.shape[-1]
+        _expect("low[0]", more, (rows, thin))
+        _expect("low[1]", beside, (wide, thin) if turned else (thin, wide))
     if bias is not None:
         bias = bias.contiguous()
         _expect("bias", bias, (wide,))
-    out = a.new_empty(rows, wide)
-    gelu = torch.empty_like(out) if active else None
-    room = a.new_empty(inner * (wide + SIDE))
-    addresses = (None if t is None else t.data_ptr() for t in (a, weight, bias, out, gelu, room))
-    problem = _Product(*addresses, rows, inner, wide, int(turned))
+    room = a.new_empty((inner + thin) * (wide + SIDE))
+    addresses = (None if t is None else t.data_ptr() for t in (a, weight, bias, out, active, more, beside, room))
+    problem = _Product(*addresses, rows, inner, wide, thin, int(turned))
     _call("regraft_linear", ctypes.byref(problem))
-    return out, gelu
 
 
 def _expect(name: str, x: Tensor, shape: tuple[int, ...]) -> None:

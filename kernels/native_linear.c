@@ -1,6 +1,7 @@
 /* Linear layers in bf16 where the processor multiplies tiles (AMX), fp32 sums:
 
-   out = a b (+ bias, and gelu of it)                 b = W^T forward, W for the gradient of inputs
+   out = a b + more beside (+ bias, and gelu of it)   b = W^T forward, W for the gradient of inputs; a further, thin term of
+                                                      few columns (low-rank updates) where `beside` is not NULL
    dw = dy^T x,   db = sum of dy's rows               in fp32: as they were added up, nothing is rounded to bf16
 
    Operands are put into the order that tiles are loaded in as part of each call, by all threads; then blocks of SIDE x SIDE
@@ -18,9 +19,10 @@
 
 typedef struct {
   const uint16_t *a, *b, *bias; /* a [rows][inner]; b [wide][inner] where `turned`, else [inner][wide]; bias [wide] or NULL */
-  uint16_t *out, *active;       /* [rows][wide]: the product, and its GELU or NULL */
-  char *room;                   /* (wide + SIDE) * inner * 2 bytes */
-  int64_t rows, inner, wide, turned;
+  uint16_t *out, *active;       /* [rows][wide]: the product, and its GELU; one of the two may be NULL */
+  const uint16_t *more, *beside; /* [rows][thin]; as b with thin in place of inner; or NULL, with thin 0 */
+  char *room;                   /* (wide + SIDE) * (inner + thin) * 2 bytes */
+  int64_t rows, inner, wide, thin, turned;
 } Product;
 
 /* SIDE rows of `inner` numbers, which are columns of b, to pairs of its rows: [inner / 2][SIDE]. */
@@ -57,26 +59,46 @@ static void finish(const Product *p, const float *sums, int64_t row, int64_t row
   }
   for (int64_t i = 0; i < rows; i++, sums += SIDE) {
     const int64_t at = (row + i) * p->wide + column;
-    store_both(p->out + at, *(const vf *)sums + left, *(const vf *)(sums + 16) + right);
-    if (p->active) store_both(p->active + at, gelu(load(p->out, at, 1)), gelu(load(p->out, at + 16, 1)));
+    uint16_t *y = p->out ? p->out : p->active;
+    store_both(y + at, *(const vf *)sums + left, *(const vf *)(sums + 16) + right);
+    if (p->active) store_both(p->active + at, gelu(load(y, at, 1)), gelu(load(y, at + 16, 1))); /* of y as it was rounded */
   }
+}
+
+/* SIDE columns of b, or of what stands beside it, as tiles are loaded. */
+static void panel_of(const Product *p, uint32_t *to, const uint16_t *b, int64_t inner, int64_t column) {
+  if (p->turned)
+    paired_turned(to, b + column * inner, inner);
+  else
+    paired(to, SIDE, b + column, p->wide, inner, inner, SIDE);
+}
+
+/* The last rows of a or `more`, fewer than SIDE, and rows of 0 below them. */
+static void last_rows(const Product *p, uint16_t *to, const uint16_t *from, int64_t inner) {
+  const int64_t n = p->rows % SIDE;
+  memcpy(to, from + (p->rows - n) * inner, n * inner * 2);
+  memset(to + n * inner, 0, (SIDE - n) * inner * 2);
 }
 
 /* Rows `first` to `last` of the product with panels `panel` to `end`, of SIDE columns each. */
 static void strip_of(const Product *p, const uint16_t *edge, int64_t first, int64_t last, int64_t panel, int64_t end) {
   float sums[SIDE * SIDE] __attribute__((aligned(64)));
-  const int64_t lda = p->inner * 2, panel_bytes = p->inner * SIDE * 2;
+  const int64_t lda = p->inner * 2, ldm = p->thin * 2, panel_bytes = (p->inner + p->thin) * SIDE * 2;
   for (int64_t i = first; i < last; i += SIDE) {
-    const char *rows = i + SIDE <= p->rows ? (const char *)(p->a + i * p->inner) : (const char *)edge;
+    const int whole = i + SIDE <= p->rows;
+    const char *rows = (const char *)(whole ? p->a + i * p->inner : edge);
+    const char *more = (const char *)(whole ? p->more + i * p->thin : edge + SIDE * p->inner);
     const int64_t n = least(SIDE, p->rows - i);
     for (int64_t j = panel; j < end; j++) {
       if ((j - panel) % 2 == 0)
         for (int64_t column = j * SIDE; column < least(j + 2, end) * SIDE; column += SIDE) {
-          lines_ahead(p->out + i * p->wide + column, p->wide * 2, n, 1);
+          if (p->out) lines_ahead(p->out + i * p->wide + column, p->wide * 2, n, 1);
           if (p->active) lines_ahead(p->active + i * p->wide + column, p->wide * 2, n, 1);
         }
-      tile_block(rows, rows + 16 * lda, lda, 64, p->room + j * panel_bytes, SIDE * 4, (char *)sums, SIDE * 4, p->inner / SIDE, 0,
-                 1);
+      const char *b = p->room + j * panel_bytes;
+      tile_block(rows, rows + 16 * lda, lda, 64, b, SIDE * 4, (char *)sums, SIDE * 4, p->inner / SIDE, 0, 1);
+      if (p->thin)
+        tile_block(more, more + 16 * ldm, ldm, 64, b + p->inner * SIDE * 2, SIDE * 4, (char *)sums, SIDE * 4, p->thin / SIDE, 1, 0);
       finish(p, sums, i, n, j * SIDE);
     }
   }
@@ -97,7 +119,7 @@ int regraft_linear_here(int threads) {
 /* 0, or 1 where tiles may not be used; so the others. */
 int regraft_linear(const Product *p, int threads) {
   if (!tiles_allowed()) return 1;
-  const int64_t panels = p->wide / SIDE, panel_bytes = p->inner * SIDE * 2, edge_rows = p->rows % SIDE;
+  const int64_t panels = p->wide / SIDE, panel_bytes = (p->inner + p->thin) * SIDE * 2;
   uint16_t *edge = (uint16_t *)(p->room + panels * panel_bytes);
   const int64_t strips = up(p->rows, STRIP) / STRIP, shared = up(panels, 2 * threads) / (2 * threads);
   const int64_t each = most(1, least(GROUP / panel_bytes, shared)), groups = up(panels, each) / each; /* panels of a group */
@@ -107,15 +129,13 @@ int regraft_linear(const Product *p, int threads) {
 #pragma omp for schedule(static) nowait
     for (int64_t j = 0; j < panels; j++) {
       uint32_t *to = (uint32_t *)(p->room + j * panel_bytes);
-      if (p->turned)
-        paired_turned(to, p->b + j * SIDE * p->inner, p->inner);
-      else
-        paired(to, SIDE, p->b + j * SIDE, p->wide, p->inner, p->inner, SIDE);
+      panel_of(p, to, p->b, p->inner, j * SIDE);
+      if (p->thin) panel_of(p, to + p->inner / 2 * SIDE, p->beside, p->thin, j * SIDE);
     }
 #pragma omp single
     {
-      memcpy(edge, p->a + (p->rows - edge_rows) * p->inner, edge_rows * p->inner * 2);
-      memset(edge + edge_rows * p->inner, 0, (SIDE - edge_rows) * p->inner * 2);
+      last_rows(p, edge, p->a, p->inner);
+      if (p->thin) last_rows(p, edge + SIDE * p->inner, p->more, p->thin);
     }
     use_tiles(&before);
 #pragma omp for schedule(dynamic, 1) collapse(2)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 10.0  # a kill costs at most about this much work
 FIRST_WINDOW = 256  # rows; later ones are as large as the rate and the limits above allow
-CPU_TOKENS, GPU_TOKENS = 4096, 65_536  # of one forward pass
+CPU_TOKENS, GPU_TOKENS = 8192, 65_536  # of one forward pass
 Say = Callable[[str], None]
 
 

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from regraft.engine.half_weights import bind_half_weights
+from regraft.engine.binding import is_exact_gelu
+from regraft.engine.fast import attended
+from regraft.engine.half_weights import bind_half_weights, in_force, unwatched
+from regraft.engine.methods.half_lora import ADAPTER, HalfLora, fits, half_lora
 from regraft.kernels.folded_lora import folded_lora
 
 if TYPE_CHECKING:
     from regraft.engine.config import RunConfig
     from regraft.engine.models import RunningModel
 
-ADAPTER = "default"
-
 
 def use_method_kernels(running: RunningModel, config: RunConfig, precision: str) -> int:
     """On a CPU: folded LoRA where it is exact and faster, in fp32, without dropout or magnitudes; in bf16, weights kept in
-    bf16 beside the fp32 ones. On a GPU: LoRA by `speed_gpu`. How many layers."""
+    bf16 beside the fp32 ones, LoRA's pairs too where there are tiles. On a GPU: LoRA by `speed_gpu`. How many layers."""
     if config.training.sharding != "none":
         return 0  # these hold whole weights, which sharding is there to spare
     on_cpu = next(running.model.parameters()).device.type == "cpu"
+    plain = config.method == "lora" and not config.lora.dropout and not config.lora.dora
     if on_cpu and precision == "bf16":
-        return bind_half_weights(running)
+        return bind_half_weights(running) + (bind_half_lora(running) if plain else 0)
     if not on_cpu:
         from regraft.engine.methods.speed_gpu import bind_lora  # brings Triton along
 
         return sum(bind_lora(running).values()) if config.method in ("lora", "qlora") else 0
-    plain = config.method == "lora" and not config.lora.dropout and not config.lora.dora
     return bind_folded_lora(running) if plain and precision == "fp32" else 0
 
 
@@ -37,8 +39,7 @@ def bind_folded_lora(running: RunningModel) -> int:
     """One matrix product a LoRA layer; queries, keys and values of BERT-like attention in one together."""
     from peft.tuners.lora import Linear
 
-    merged = [m for m in running.model.modules() if running.packed and _merges(m)]
-    for module in merged:
+    for module in merged_projections(running):
         parts = [module.query, module.key, module.value]
         base = torch.stack([p.base_layer.weight.data for p in parts])
         bias = torch.stack([p.base_layer.bias.data for p in parts])
@@ -52,6 +53,11 @@ def bind_folded_lora(running: RunningModel) -> int:
     for layer in layers:
         layer.forward = _linear_forward.__get__(layer)  # type: ignore[method-assign]
     return len(layers)
+
+
+def merged_projections(running: RunningModel) -> list[Any]:
+    """Attention modules of which the adapted queries, keys and values can be one product."""
+    return [m for m in running.model.modules() if running.packed and _merges(m)]
 
 
 def _merges(module: Any) -> bool:
@@ -80,8 +86,55 @@ def _attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> 
     base, bias = self.regraft_merged
     down = [p.lora_A[ADAPTER].weight for p in parts]
     up = [p.lora_B[ADAPTER].weight for p in parts]
-    qkv = folded_lora(hidden_states.squeeze(0), base, bias, down, up, self.query.scaling[ADAPTER])
-    qkv = qkv.view(qkv.shape[0], 3, self.num_attention_heads, self.attention_head_size)
-    p = self.dropout.p if self.training else 0.0
-    out = self.regraft_state.layout.attend_merged(qkv, scale=self.scaling, dropout_p=p)
-    return out.reshape(1, hidden_states.shape[1], -1), None
+    return attended(
+        self, folded_lora(hidden_states.squeeze(0), base, bias, down, up, self.query.scaling[ADAPTER])
+    ), None
+
+
+def bind_half_lora(running: RunningModel) -> int:
+    """LoRA layers over bf16 weights, each one product with its low-rank term, and with GELU where that follows; queries, keys
+    and values of BERT-like attention in one. How many layers."""
+    from peft.tuners.lora import Linear
+
+    layers = [m for m in running.model.modules() if type(m) is Linear and fits([m])]
+    for layer in layers:
+        layer.regraft_half = HalfLora([layer])  # type: ignore[assignment]
+        layer.forward = _half_forward.__get__(layer)  # type: ignore[method-assign]
+    for module in merged_projections(running):
+        parts = [module.query, module.key, module.value]
+        if fits(parts):
+            module.regraft_half = HalfLora(parts)
+            module.forward = _half_attention_forward.__get__(module)
+    for module in running.model.modules():
+        if _ends_in_gelu(module) and "forward" not in vars(module):
+            module.forward = _half_intermediate_forward.__get__(module)
+    return len(layers)
+
+
+def _ends_in_gelu(module: Any) -> bool:
+    dense, act = (getattr(module, name, None) for name in ("dense", "intermediate_act_fn"))
+    return is_exact_gelu(act) and isinstance(getattr(dense, "regraft_half", None), HalfLora) and unwatched(module)
+
+
+def _adds_up(x: Tensor, layers: Sequence[Any]) -> bool:
+    # neither merged into its weight nor switched off
+    return in_force(x) and not any(layer.disable_adapters or layer.merged for layer in layers)
+
+
+def _half_forward(self: Any, x: Tensor, *given: Any, **named: Any) -> Tensor:
+    if _adds_up(x, [self]) and not named:
+        return half_lora(x, self.regraft_half)
+    return type(self).forward(self, x, *given, **named)
+
+
+def _half_intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    if _adds_up(hidden_states, [self.dense]):
+        return half_lora(hidden_states, self.dense.regraft_half, gelu=True)
+    return self.intermediate_act_fn(self.dense(hidden_states))
+
+
+def _half_attention_forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    rows, parts = hidden_states.squeeze(0), (self.query, self.key, self.value)
+    if _adds_up(rows, parts):
+        return attended(self, half_lora(rows, self.regraft_half)), None
+    return attended(self, torch.cat([part(rows) for part in parts], dim=-1)), None

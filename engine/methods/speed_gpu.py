@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.methods.half_lora import ADAPTER, is_one_pair
 from regraft.kernels.lora import lora_linear
 from regraft.kernels.nf4 import NF4Weight, nf4_linear
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
-
-ADAPTER = "default"
 
 
 def bind_lora(running: RunningModel) -> dict[str, int]:
@@ -41,12 +40,7 @@ PROJECTIONS = ("query", "key", "value")
 
 def _is_plain_lora(module: Any) -> bool:
     """peft's LoRA over a linear layer in 16 or 32 bits, or in NF4, with one adapter and nothing besides."""
-    a, b = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
-    if not isinstance(a, nn.ModuleDict) or not isinstance(b, nn.ModuleDict) or list(a) != [ADAPTER]:
-        return False
-    plain = not getattr(module, "lora_variant", {}) and not getattr(module, "fan_in_fan_out", False)
-    parts = type(a[ADAPTER]) is nn.Linear and type(b[ADAPTER]) is nn.Linear and b[ADAPTER].bias is None
-    return plain and parts and (type(module.base_layer) is nn.Linear or _nf4_of(module.base_layer) is not None)
+    return is_one_pair(module) and (type(module.base_layer) is nn.Linear or _nf4_of(module.base_layer) is not None)
 
 
 def _nf4_of(base: Any) -> NF4Weight | None:

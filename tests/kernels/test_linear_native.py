@@ -42,10 +42,11 @@ def test_products_are_as_near_to_fp64_as_torchs(rows, inputs, outputs, biased):
     with poisoned():
         y = linear_native.linear(x, w, b)
         same, active = linear_native.linear_gelu(x, w, b)
+        none, alone = linear_native.linear_gelu(x, w, b, keep=False)
         dx = linear_native.input_gradient(dy, w)
         dw, db = linear_native.weight_gradients(dy, x, biased)
     assert y.dtype == active.dtype == dx.dtype == HALF and dw.dtype == torch.float32
-    assert torch.equal(y, same)
+    assert torch.equal(y, same) and none is None and torch.equal(alone, active)
     hold(y, torch.nn.functional.linear(x, w, b), wide)
     hold(active, torch.nn.functional.gelu(y), torch.nn.functional.gelu(y.double()))
     hold(dx, dy @ w, dy.double() @ w.double())
@@ -54,6 +55,24 @@ def test_products_are_as_near_to_fp64_as_torchs(rows, inputs, outputs, biased):
     assert (db is not None) == biased
     if db is not None:
         hold(db, dy.float().sum(0), dy.double().sum(0))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
+@pytest.mark.parametrize("rank", [32, 96])
+def test_a_low_rank_term_is_added_in_the_same_sums(rows, inputs, outputs, rank):
+    x, w, b, dy = drawn(rows, inputs), drawn(outputs, inputs), drawn(outputs), drawn(rows, outputs)
+    inner, up, back, down = drawn(rows, rank), drawn(outputs, rank), drawn(rows, rank), drawn(rank, inputs)
+    with poisoned():
+        y = linear_native.linear(x, w, b, (inner, up))
+        same, active = linear_native.linear_gelu(x, w, b, (inner, up))
+        dx = linear_native.input_gradient(dy, w, (back, down))
+    beside, above = torch.cat([x, inner], 1), torch.cat([w, up], 1)
+    assert torch.equal(y, same)
+    hold(y, torch.nn.functional.linear(beside, above, b), beside.double() @ above.double().T + b.double())
+    hold(active, torch.nn.functional.gelu(y), torch.nn.functional.gelu(y.double()))
+    beside, above = torch.cat([dy, back], 1), torch.cat([w, down], 0)
+    hold(dx, beside @ above, beside.double() @ above.double())
 
 
 def test_gelus_slope_is_as_near_to_fp64_as_torchs():
@@ -99,6 +118,10 @@ def test_what_does_not_fit_is_refused_by_name():
         (lambda: linear_native.linear(drawn(3, 32), w, drawn(32)), "bias"),
         (lambda: linear_native.linear(torch.randn(3, 32), w, None), "x"),
         (lambda: linear_native.linear(drawn(3, 32), drawn(48, 32), None), "weight"),
+        (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(4, 32), drawn(64, 32))), "low.0."),
+        (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(3, 8), drawn(64, 8))), "low.0."),
+        (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(3, 32), drawn(32, 32))), "low.1."),
+        (lambda: linear_native.input_gradient(drawn(3, 64), w, (drawn(3, 64), drawn(32, 64))), "low.1."),
         (lambda: linear_native.input_gradient(drawn(3, 32), w), "dy"),
         (lambda: linear_native.weight_gradients(drawn(4, 64), drawn(3, 32), True), "x"),
         (lambda: linear_native.gelu_gradient(drawn(4, 64), drawn(3, 64)), "dh"),

@@ -1,0 +1,128 @@
+"""LoRA over bf16 weights is as near to fp64 as autocast's own, follows every change, and is peft's where it does not apply."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from regraft.engine.half_weights import HALF
+from regraft.engine.methods.half_lora import HalfLora, fits, half_lora
+from regraft.engine.training.optimizer import clipped_step
+from regraft.kernels import linear_native
+
+tiles = pytest.mark.skipif(
+    not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)), reason="a processor without tiles of bf16 (AMX)"
+)
+NAMES = ("query", "key", "value")
+
+
+class Projections(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__()
+        for name in NAMES:
+            setattr(self, name, nn.Linear(inputs, outputs, bias=bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([getattr(self, name)(x) for name in NAMES], dim=-1)
+
+
+def adapted(inputs: int = 64, outputs: int = 96, rank: int = 8, *, bias: bool = True, **options) -> Projections:
+    """Three frozen projections, their LoRA pairs drawn large enough to count."""
+    model = get_peft_model(
+        Projections(inputs, outputs, bias),
+        LoraConfig(r=rank, lora_alpha=3 * rank, target_modules=list(NAMES), **options),
+    ).base_model.model
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def layers(model: Projections, count: int) -> list:
+    return [getattr(model, name) for name in NAMES[:count]]
+
+
+def results(model: Projections, count: int, x: Tensor, dy: Tensor, how, gelu: bool = False) -> list[Tensor]:
+    """Output, and gradients of x and of every pair."""
+    x = x.detach().clone().requires_grad_()
+    parts = layers(model, count)
+    y = how(parts, x)
+    if gelu:
+        y = torch.nn.functional.gelu(y)
+    pairs = [p.lora_A.default.weight for p in parts] + [p.lora_B.default.weight for p in parts]
+    return [y.detach(), *torch.autograd.grad(y, [x, *pairs], dy.to(y.dtype))]
+
+
+def by_peft(parts: list, x: Tensor) -> Tensor:
+    return torch.cat([part(x) for part in parts], dim=-1)
+
+
+def under_autocast(how):
+    def run(parts: list, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", HALF):
+            return how(parts, x)
+
+    return run
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.shape == wanted.shape and not found.isnan().any()
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@tiles
+@pytest.mark.parametrize("rows", [1, 33, 700])
+@pytest.mark.parametrize(("count", "rank"), [(1, 8), (3, 8), (3, 17), (1, 32)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_output_and_gradients_are_as_near_to_fp64_as_autocasts(rows, count, rank, gelu):
+    model = adapted(rank=rank)
+    x, dy = torch.randn(rows, 64), torch.randn(rows, 96 * count)
+    half = HalfLora(layers(model, count))
+    assert fits(half.layers)
+    found = results(model, count, x, dy, lambda _, x: half_lora(x, half, gelu))
+    plain = results(model, count, x, dy, under_autocast(by_peft), gelu)
+    exact = results(copy.deepcopy(model).double(), count, x.double(), dy.double(), by_peft, gelu)
+    for one, other, wanted in zip(found, plain, exact, strict=True):
+        assert error(one, wanted) <= 1.5 * error(other, wanted) + 1e-6
+    assert found[0].dtype == HALF and all(g.dtype == torch.float32 for g in found[1:])
+
+
+@tiles
+def test_it_follows_an_optimizer_a_copy_and_memory_put_in_place():
+    model = adapted()
+    half, x = HalfLora(layers(model, 3)), torch.randn(9, 64)
+    parts = [*(p.lora_A.default.weight for p in half.layers), *(p.lora_B.default.weight for p in half.layers)]
+    optimizer = torch.optim.AdamW(parts, lr=0.1, fused=True)
+
+    def stepped() -> None:
+        half_lora(x, half).square().sum().backward()
+        clipped_step(optimizer, torch.tensor(1.0), 1.0)
+
+    changes = [
+        stepped,
+        lambda: [part.copy_(part * 0.5) for part in parts],
+        lambda: [setattr(part, "data", part.data + 0.05) for part in parts],
+        lambda: half.layers[1].base_layer.weight.mul_(2.0),
+        lambda: setattr(half.layers[2].lora_B, "default", nn.Linear(8, 96, bias=False)),
+    ]
+    before = half_lora(x, half).detach()
+    for change in changes:
+        with torch.set_grad_enabled(change is stepped):
+            change()
+        now = half_lora(x, half).detach()
+        assert not torch.equal(now, before)
+        wanted = under_autocast(by_peft)(half.layers, x).detach()
+        assert (now - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+        before = now
+
+
+@tiles
+@pytest.mark.parametrize(
+    "options", [{"lora_dropout": 0.1}, {"use_dora": True}, {"inputs": 48}, {"rank_pattern": {"key": 4}}], ids=str
+)
+def test_what_is_not_one_plain_pair_of_one_kind_is_left_to_peft(options):
+    assert not fits(layers(adapted(**options), 3))
