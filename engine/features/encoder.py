@@ -7,6 +7,7 @@ the same code.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,9 @@ class GraftedEncoder(AroundBackbone):
         """As transformers' models: an output with `logits`."""
         hidden, mask = self.hidden(inputs), inputs.get("attention_mask")
         head = None if self.bare else self.head
-        return SequenceClassifierOutput(logits=self.headed(head, hidden, mask, self.pooling, self.normalise))
+        with _full_precision(hidden.device.type):
+            logits = self.headed(head, hidden, mask, self.pooling, self.normalise)
+        return SequenceClassifierOutput(logits=logits)
 
     def headed(
         self, head: nn.Module | None, hidden: Tensor, mask: Tensor | None, pooling: str, normalise: bool
@@ -143,6 +146,11 @@ class GraftedEncoder(AroundBackbone):
 
     def _see_output(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._seen.append(output if isinstance(output, Tensor) else output[0])
+
+
+def _full_precision(device: str) -> AbstractContextManager:
+    # Recurrence and softmax in bf16 lose more than they gain; an exported graph has no such context.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def to_cells(rows: Tensor, layout: Any) -> tuple[Tensor, Tensor]:

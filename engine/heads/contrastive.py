@@ -18,6 +18,7 @@ from regraft.engine.data.tokens import TokenStore
 from regraft.engine.features.encoder import GraftedEncoder, load_backbone
 from regraft.engine.features.spec import model_folder
 from regraft.engine.files import new_folder
+from regraft.engine.half_weights import bind_half_weights
 from regraft.engine.heads.fitted import fit
 from regraft.engine.heads.head import ON_THE_SPHERE, build_head
 from regraft.engine.heads.model import HEAD_FILE, load_head, save_head
@@ -26,7 +27,7 @@ from regraft.engine.models import ready_to_answer
 from regraft.engine.training.optimizer import AveragedWeights, build_optimizer
 from regraft.engine.training.order import Plan, share_by_tokens
 from regraft.engine.training.run import _Run
-from regraft.engine.training.setup import prepare, set_threads
+from regraft.engine.training.setup import choose_precision, prepare, set_threads
 from regraft.engine.training.step import Stepper, seed_dropout, step_seed, without_ddp
 
 TOGETHER = 4  # rows of one class that come into the same step
@@ -86,12 +87,12 @@ class ContrastiveRun(_Run):
         import os
 
         self.speaks = not self.quiet and int(os.environ.get("RANK", "0")) == 0
-        self.threads, self.precision = set_threads(self.config), "fp32"
+        self.threads, self.precision = set_threads(self.config), choose_precision(self.config)
         self.data = prepare(self.config, self.say)
 
     def build(self) -> None:
         config, training, train = self.config, self.config.training, self.data.splits["train"]
-        self.accelerator = accelerator_for(config)
+        self.accelerator = accelerator_for(config, self.precision)
         torch.manual_seed(training.seed)
         backbone = load_backbone(model_folder(config)).requires_grad_(True)
         for name, weight in backbone.named_parameters():
@@ -103,6 +104,8 @@ class ContrastiveRun(_Run):
         self.running = ready_to_answer(
             self.model, self.data.tokenizer.pad_token_id, packing=config.model.packing, kernels=config.model.kernels
         )
+        if config.model.kernels == "auto" and self.precision == "bf16" and self.accelerator.device.type == "cpu":
+            bind_half_weights(self.running)
         limit = training.max_steps
         self.plan = PairPlan(
             len(train.rows),
@@ -159,7 +162,8 @@ class ContrastiveRun(_Run):
         found = torch.empty(len(store), 1, self.head.shape.hidden)
         for rows in by_length(store.lengths, ENCODED):
             batch = collate(store, rows).to(self.accelerator.device)
-            found[torch.from_numpy(rows)] = self.running(batch).cpu()[:, None]
+            with self.accelerator.autocast():
+                found[torch.from_numpy(rows)] = self.running(batch).cpu()[:, None]
         return found
 
     def save_best(self) -> None:

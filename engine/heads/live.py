@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from regraft.engine.features.encoder import GraftedEncoder
 from regraft.engine.features.spec import chosen_layers
@@ -43,12 +40,6 @@ class LiveModel(GraftedEncoder):
         self.regraft_fresh = frozenset(f"backbone.{n}" for n in fresh if not n.startswith("pooler."))
         self.name_or_path = str(backbone.name_or_path)
 
-    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-        hidden = self.hidden(inputs)
-        with _full_precision(hidden.device.type):
-            logits = self.headed(self.head, hidden, inputs.get("attention_mask"), self.pooling, self.normalise)
-        return SequenceClassifierOutput(logits=logits)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
 
@@ -73,11 +64,6 @@ class LiveModel(GraftedEncoder):
         """What the head learned besides its weights, for the report."""
         head: Any = self.head
         return head.findings(self.layers)
-
-
-def _full_precision(device: str) -> AbstractContextManager:
-    # Recurrence and softmax in bf16 lose more than they gain; an exported graph has no such context.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def model_of(config: RunConfig, task: Task, new_words: NewWords | None = None) -> Any:

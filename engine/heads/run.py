@@ -175,15 +175,16 @@ def head_optimizer(head: torch.nn.Module, training: TrainingConfig) -> Any:
     return FusedAdamW(parameter_groups(head, training), betas=training.betas, eps=training.epsilon)
 
 
-def accelerator_for(config: Any) -> Any:
-    """accelerate's Accelerator where there are processes or trackers to serve, else what stands in for it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not config.trackers:
+def accelerator_for(config: Any, precision: str = "fp32") -> Any:
+    """accelerate's Accelerator where there are processes, trackers or mixed precision to serve, else what stands in for it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not config.trackers and precision == "fp32":
         return LocalProcess()
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration
 
     folder = config.run
     return Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(project_dir=folder, logging_dir=os.path.join(folder, "trackers")),  # noqa: PTH118
         step_scheduler_with_optimizer=False,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from regraft.engine.half_weights import HALF, HalfWeights, in_force
+from regraft.engine.half_weights import HALF, HalfWeights
 from regraft.kernels import linear_native
 
 ADAPTER = "default"
