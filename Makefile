@@ -21,7 +21,8 @@ demo: install
 	$(RUN)/python examples/demo.py
 
 # Two test processes at a time, one thread each: threads that spin while they wait would hold up the other process.
-TESTING := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0
+# Compiled modules are kept, whatever the surroundings say: hundreds of processes are started.
+TESTING := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 PYTHONDONTWRITEBYTECODE=
 
 test: install $(DEEPSPEED)/.installed
 	$(TESTING) $(RUN)/python -m pytest -m "not soak" -n 2 --dist loadfile --durations=10 tests

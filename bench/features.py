@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from harness import (
     arguments,
     publish,
     published_runs,
+    run,
     take_turns,
     turn,
 )
@@ -39,7 +41,8 @@ PEER = "sentence-transformers"
 BATCHES = [8, 16, 32, 64, 128]
 EPOCH, START = "epoch over stored rows, times faster than fine-tuning", "second start, seconds"
 STORAGE = ("bf16", "fp16", "int8")
-PARTS = ("sst2", "imdb", "heads")
+STORE = WORK / "features" / "store"
+PARTS = ("sst2", "imdb", "storage", "epoch")
 
 
 def main() -> None:
@@ -47,7 +50,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000, help="SST-2 rows to extract (%(default)s)")
     parser.add_argument("--documents", type=int, default=400, help="IMDb reviews to extract (%(default)s)")
     parser.add_argument("--train-rows", type=int, default=None, help="SST-2 rows to train heads on; default: all")
-    parser.add_argument("--only", choices=PARTS, help="extraction of one data set, or what is trained on features")
+    parser.add_argument(
+        "--only", choices=PARTS, help="extraction of one data set, what storing costs, or how fast heads are"
+    )
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.rows, options.documents, options.train_rows = 1, 200, 16, 400
@@ -58,8 +63,10 @@ def main() -> None:
         runs += extraction("sst2", sources.sample(sources.read("sst2", "train"), options.rows, seed=1), options)
     if "imdb" in parts:
         runs += extraction("imdb", sources.imdb(options.documents), options)
-    if "heads" in parts:
-        runs += heads(options)
+    if "storage" in parts:
+        runs += storage(options)
+    if "epoch" in parts:
+        runs += epochs(options)
     if options.only is not None and not options.quick:
         runs += published_runs(options.out or RESULTS / "features.json", without=[run.case for run in runs])
     found = {"regraft": our_versions()}
@@ -142,42 +149,58 @@ def machine_has_bf16() -> bool:
     return cpu_has_bf16()
 
 
-def heads(options: argparse.Namespace) -> list[Run]:
-    """An epoch of a linear head, a second start, and what every storage precision costs: in the metric, a round a seed (one
-    of SST-2's 872 dev rows is 0.11 points), and in bytes."""
+def base_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What runs on SST-2 have in common."""
     section = sources.data_section("sst2", limit=options.train_rows)
     if options.quick:
         few = {name: sources.sample(sources.read("sst2", name), 128) for name in ("train", "dev")}
         section = {name: str(sources.write_jsonl(rows, f"features/few-{name}.jsonl")) for name, rows in few.items()}
-    base = {
+    return {
         "model": {"name": str(encoder_folder()), "max_length": 128},
         "data": section,
         "training": {"threads": options.threads, "batch_size": 32},
     }
-    runs = []
-    store = WORK / "features" / "store"
+
+
+def frozen(precision: str = "fp32") -> dict[str, Any]:
+    return {"method": "frozen", "features": {"precision": precision, "store": str(STORE)}}
+
+
+def storage(options: argparse.Namespace) -> list[Run]:
+    """What every storage precision costs: in the metric, a round a seed (one of SST-2's 872 dev rows is 0.11 points), and
+    in bytes."""
+    base, runs = base_of(options), []
     for seed in range(options.rounds):
         accuracy = {}
         for precision in ("fp32", *STORAGE):
-            over = {"method": "frozen", "features": {"precision": precision, "store": str(store)}}
-            found = trained(base, over, {"epochs": 10, "seed": seed}, options)
+            found = trained(base, frozen(precision), {"epochs": 10, "seed": seed}, options)
             accuracy[precision] = found["metrics"]["dev"]["accuracy"]
         for precision in STORAGE:
             lost = 100 * (accuracy["fp32"] - accuracy[precision])
             runs.append(Run(f"points lost, {precision}", OURS, seed, lost, accuracy))
     for precision in ("fp32", *STORAGE):
-        a_value = bytes_a_value(store, precision)
+        a_value = bytes_a_value(STORE, precision)
         runs.append(Run(f"bytes of a text or token, {precision}", OURS, 0, a_value["bytes"] / a_value["rows"], a_value))
         if precision == "int8":
             runs.append(Run("int8, bytes a value", OURS, 0, a_value["bytes"] / a_value["values"], a_value))
-    tune = trained(base, {"method": "full"}, {"max_steps": 60 if not options.quick else 6}, options, window=True)
-    over = {"method": "frozen", "features": {"store": str(store)}}
-    epoch = trained(base, over, {"epochs": 2}, options)
-    rows = tune["tokens"] / tune["seconds"]
-    fine = epoch["tokens_an_epoch"] / rows
-    runs.append(Run(EPOCH, OURS, 0, fine / epoch["epoch_seconds"], {"fine_tuning_epoch_seconds": fine, **epoch}))
-    again = [epoch] + [trained(base, over, {"max_steps": 2}, options) for _ in range(options.rounds - 1)]
-    runs += [Run(START, OURS, i, found["seconds_to_first_step"], {}) for i, found in enumerate(again)]
+    return runs
+
+
+def epochs(options: argparse.Namespace) -> list[Run]:
+    """An epoch of a linear head beside one of fine-tuning, and a second start beside what importing torch takes of it."""
+    base, runs = base_of(options), []
+    trained(base, frozen(), {"max_steps": 2}, options)  # the features are there from here on
+    for number in range(options.rounds):
+        tune = trained(base, {"method": "full"}, {"max_steps": 60 if not options.quick else 6}, options, window=True)
+        epoch = trained(base, frozen(), {"epochs": 2}, options)
+        fine = epoch["tokens_an_epoch"] / (tune["tokens"] / tune["seconds"])
+        runs.append(
+            Run(EPOCH, OURS, number, fine / epoch["epoch_seconds"], {"fine_tuning_epoch_seconds": fine, **epoch})
+        )
+        runs.append(Run(START, OURS, number, epoch["seconds_to_first_step"], {}))
+        began = time.perf_counter()
+        run([sys.executable, "-c", "import torch"], threads=options.threads)
+        runs.append(Run(START, "import torch", number, time.perf_counter() - began, {}))
     return runs
 
 

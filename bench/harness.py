@@ -116,6 +116,9 @@ def run(
     WORK.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     env.setdefault("REGRAFT_CACHE", str(WORK / "cache"))
+    env.pop(
+        "PYTHONDONTWRITEBYTECODE", None
+    )  # users have modules compiled; a second of every start otherwise goes into that
     if str(command[0]).startswith(str(ENVIRONMENTS)):
         env.pop("PYTHONPATH", None)  # a peer must not see Regraft's packages
     env.update(environment or {})

@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +69,20 @@ def main() -> None:
     parser.add_argument("--only", help="data sets or cases, with semicolons; default: all")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (%(default)s)")
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
+    parser.add_argument(
+        "--at-once", type=int, default=1, metavar="N", help="runs side by side, which share the threads (%(default)s)"
+    )
     options = parser.parse_args()
     names = chosen(options.only, parser)
     seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
     before = machine.facts()
-    for name in names:
-        for seed in seeds:
-            print(f"{name} seed {seed}: {measured(name, seed, options).value:.2f}", file=sys.stderr, flush=True)
+
+    def one(what: tuple[str, int]) -> None:
+        name, seed = what
+        print(f"{name} seed {seed}: {measured(name, seed, options).value:.2f}", file=sys.stderr, flush=True)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        list(pool.map(one, [(name, seed) for seed in seeds for name in names]))
     runs = [earlier(name, seed, options) for name in CASES for seed in sorted({0, 1, 2, *seeds})]
     known = [run for run in runs if run is not None]
     settings = {run.case: configuration(run.case, 0, options) for run in known}
@@ -104,7 +112,7 @@ def configuration(name: str, seed: int, options: argparse.Namespace) -> dict[str
     root = sources.data_root()
     files = {key: str(root / v) if key in ("train", "dev", "test") else v for key, v in DATA[data].items()}
     settings = WAYS[way]
-    training = {**settings["training"], "seed": seed, "threads": options.threads}
+    training = {**settings["training"], "seed": seed, "threads": threads_of(options)}
     if options.quick:
         files |= {"limit": QUICK_ROWS, "test": short(files["test"], files["format"])}
         files.pop("dev")
@@ -116,6 +124,11 @@ def configuration(name: str, seed: int, options: argparse.Namespace) -> dict[str
         "data": files,
         "training": training,
     }
+
+
+def threads_of(options: argparse.Namespace) -> int:
+    """Threads of one run."""
+    return max(1, options.threads // options.at_once)
 
 
 def work_folder(name: str, seed: int, options: argparse.Namespace) -> Path:
@@ -146,7 +159,9 @@ def measured(name: str, seed: int, options: argparse.Namespace) -> Run:
         kept.unlink(missing_ok=True)
     if earlier(name, seed, options) is None:
         config = configuration(name, seed, options) | {"run": str(folder / "run")}
-        found = turn(sys.executable, "regraft_train.py", {"config": config, "folder": folder}, threads=options.threads)
+        found = turn(
+            sys.executable, "regraft_train.py", {"config": config, "folder": folder}, threads=threads_of(options)
+        )
         details = {"metrics": found["metrics"], "seconds": found["run_seconds"], "best_step": found["best_step"]}
         details |= {"layer_weights": layer_weights(folder / "run"), "commit": our_versions().get("commit", "")}
         beside = kept.with_suffix(".tmp")

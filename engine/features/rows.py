@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+AHEAD, AHEAD_BYTES = 64, 16 << 20  # batches that are gathered at once, and bytes as they lie
+
+
 @dataclass(frozen=True)
 class FeatureBatch:
     """Features of B rows in fp32. Shape: [B, J, H]; of token features [T, J, H] or, combined, [T, H], `lengths` [B] telling
@@ -47,6 +50,9 @@ class FeatureRows:
         """`where` [N, 2]: shard and row of each, as `FeatureStore.find` gives them."""
         self.store, self.where = store, where
         self.pooled = store.spec.pooling != "none"
+        self._order = np.empty(0, dtype=np.int64)
+        self._next = 0
+        self._held: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.where)
@@ -83,9 +89,10 @@ class FeatureRows:
         """
         import torch
 
-        where = self.where[rows]
         if self.pooled:
-            return FeatureBatch(self._gather(where[:, 0], where[:, 1]))
+            found = self._foreseen(rows)
+            return FeatureBatch(self._of(rows) if found is None else found)
+        where = self.where[rows]
         lengths = self.lengths[rows]
         owner = np.repeat(np.arange(len(rows)), lengths)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -96,30 +103,61 @@ class FeatureRows:
         features = self._gather(where[owner, 0], starts[owner] + within)
         return FeatureBatch(features, torch.from_numpy(lengths))
 
+    def expect(self, order: np.ndarray) -> None:
+        """Rows will be asked for in this order, batch after batch: pooled ones are then gathered for many batches at once. Others
+        may be asked for all the same."""
+        self._order, self._next, self._held = order, 0, None
+
+    def _foreseen(self, rows: np.ndarray) -> Tensor | None:
+        """The rows, where they come next in the order that was told."""
+        count = len(rows)
+        at = self._next
+        if not np.array_equal(self._order[at : at + count], rows):
+            found = np.flatnonzero(self._order == rows[0]) if count else ()
+            at = int(found[0]) if len(found) else len(self._order)
+            if not count or not np.array_equal(self._order[at : at + count], rows):
+                return None
+        self._next = at + count
+        first, held = self._held or (0, None)
+        if held is None or not first <= at <= at + count <= first + len(held):
+            ahead = max(count, min(AHEAD * count, int(AHEAD_BYTES / self.store.spec.bytes_a_row)))
+            first, held = at, self._of(self._order[at : at + ahead])
+            self._held = first, held
+        return held[at - first : at - first + count]
+
+    def _of(self, rows: np.ndarray) -> Tensor:
+        where = self.where[rows]
+        return self._gather(where[:, 0], where[:, 1])
+
     def _gather(self, shard: np.ndarray, row: np.ndarray) -> Tensor:
+        # Shard after shard, then into the order asked for: a handful of calls, for a step of a small head is not much longer.
         import torch
 
-        present = [int(shard[0])] if len(self.shards) == 1 else [int(n) for n in np.unique(shard)]
-        if len(present) == 1:
-            return self._of_shard(present[0], row)
-        found: Tensor | None = None
-        for number in present:
-            at = np.flatnonzero(shard == number)
-            part = self._of_shard(number, row[at])
-            if found is None:
-                found = part.new_empty(len(row), *part.shape[1:])
-            found[torch.from_numpy(at)] = part
-        assert found is not None
-        return found
+        if len(self.shards) == 1:
+            return self._of_shards(np.array([0, len(row)]), self.shards, row)
+        order = np.argsort(shard, kind="stable")
+        where = shard[order]
+        starts = np.flatnonzero(np.diff(where, prepend=-1))
+        found = self._of_shards(np.append(starts, len(row)), where[starts].tolist(), row[order])
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return found.index_select(0, torch.from_numpy(back))
 
-    def _of_shard(self, number: int, row: np.ndarray) -> Tensor:
+    def _of_shards(self, bounds: np.ndarray, numbers: list[int], row: np.ndarray) -> Tensor:
+        """Rows bounds[i] to bounds[i + 1] of shard numbers[i], in fp32."""
         import torch
 
-        shard = self.store.shards[number]
-        shard.check()
         index = torch.from_numpy(row)
-        scales = shard.tensor("scales").index_select(0, index) if "scales" in shard else None
-        return restored(shard.tensor().index_select(0, index), scales)
+        parts: dict[str, Tensor] = {}
+        for first, last, number in zip(bounds[:-1].tolist(), bounds[1:].tolist(), numbers, strict=True):
+            shard = self.store.shards[number]
+            shard.check()
+            for name in ("features", "scales") if "scales" in shard else ("features",):
+                held = shard.tensor(name)
+                if name not in parts:
+                    parts[name] = held.new_empty(len(row), *held.shape[1:])
+                torch.index_select(held, 0, index[first:last], out=parts[name][first:last])
+        return restored(parts["features"], parts.get("scales"))
 
     def whole(self) -> Tensor:
         """All pooled rows [N, J, H] in fp32: the mapped shard itself where it holds just these rows, else a copy."""

@@ -11,6 +11,7 @@ import torch
 
 from regraft.engine.config import TrainingConfig
 from regraft.engine.data.rows import Rows
+from regraft.engine.fast import bind_dropout
 from regraft.engine.features.extract import features_of
 from regraft.engine.features.rows import FeatureRows
 from regraft.engine.features.sources import parts_of
@@ -72,6 +73,7 @@ class FrozenRun(_Run):
         task.attach(head)
         self.fit_scale(head, features)
         self.head = head
+        bind_dropout(head)
         self.running = FeatureHead(head).to(self.accelerator.device)  # type: ignore[assignment]
         limit = 1 if self.fitted else training.max_steps
         self.plan = Plan(len(train), training.batch_size, training.seed, training.epochs, limit)
@@ -113,6 +115,11 @@ class FrozenRun(_Run):
             self.solve()
         else:
             super().take_step()
+
+    def new_order(self, epoch: int) -> np.ndarray:
+        order = super().new_order(epoch)
+        self.data.splits["train"].store.expect(order)  # type: ignore[attr-defined]
+        return order
 
     def solve(self) -> None:
         """The one step of a head that is solved: over all rows at once."""

@@ -369,7 +369,7 @@ class _Run:
         step = state.step
         epoch = self.plan.epoch_of(step)
         if epoch != self.order_of:
-            self.order, self.order_of = self.plan.order(epoch), epoch
+            self.order, self.order_of = self.new_order(epoch), epoch
         rows = self.plan.batch(step, self.order)
         set_learning_rate(self.optimizer, learning_rate_share(training, step, self.plan.total_steps))
         if self.unfreezing:
@@ -395,6 +395,10 @@ class _Run:
         self.log_step(info, result.grad_norm)
         if self.on_step:
             self.on_step(info)
+
+    def new_order(self, epoch: int) -> np.ndarray:
+        """The rows of an epoch in the order in which they are learned from."""
+        return self.plan.order(epoch)
 
     def bad_step(self, step: int, rows: np.ndarray, loss: float) -> None:
         split = self.data.splits["train"]
