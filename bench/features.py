@@ -223,11 +223,12 @@ def trained(
     if start is None:
         raise TurnFailed("the run has no first step")
     steps = [r for r in lines if r["kind"] == "train"]
+    later = [r for r in steps if r["epoch"] > 1]  # between the evaluations: neither they nor what they import
+    first, last = (later[0], later[-1]) if len(later) > 1 else ({"seconds": 0.0, "epoch": 0.0}, steps[-1])
     notes = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["data"]["train"]
-    epochs = max(steps[-1]["epoch"], 1e-9)
     return found | {
         "seconds_to_first_step": start["seconds_to_first_step"],
-        "epoch_seconds": steps[-1]["seconds"] / epochs,
+        "epoch_seconds": (last["seconds"] - first["seconds"]) / max(last["epoch"] - first["epoch"], 1e-9),
         "tokens_an_epoch": notes["tokens"],
     }
 

@@ -65,7 +65,8 @@ def square_sum(tensors: Sequence[Tensor]) -> float:
     sums = torch.zeros(max(1, chunks), dtype=torch.float64)
     places = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
     sizes = (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
-    native.call("regraft_square_sum", places, sizes, len(tensors), at(sums), torch.get_num_threads())
+    threads = min(torch.get_num_threads(), max(1, chunks))  # none is woken up for a head of a few hundred numbers
+    native.call("regraft_square_sum", places, sizes, len(tensors), at(sums), threads)
     return float(sums[0])
 
 

@@ -235,7 +235,10 @@ class Stepper:
         return [(part, True) for part in cut[number]] + [(rows[:1], False)] * spare
 
     def _cut(self, examples: Examples, mine: np.ndarray) -> list[np.ndarray]:
-        return [mine[p] for p in split_by_tokens(examples.lengths[mine].tolist(), self.token_budget)]
+        lengths = examples.lengths[mine]
+        if len(mine) and lengths.sum() <= self.token_budget:
+            return [mine]
+        return [mine[p] for p in split_by_tokens(lengths.tolist(), self.token_budget)]
 
 
 def without_ddp(model: Any) -> Any:
