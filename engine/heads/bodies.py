@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.heads.recurrent import read
+from regraft.engine.heads.recurrent import Reading, read, reads_rows
 
 
 class Perceptron(nn.Module):
@@ -55,13 +55,22 @@ class BiLSTM(nn.Module):
 
     def states(self, cells: Tensor, lengths: Tensor) -> Tensor:
         """Each token's state in both directions; behind a text's end whatever comes."""
+        if reads_rows(cells):
+            return self._read(cells, lengths)
         back = _turned(read(self.back, _turned(cells, lengths)), lengths)
         return torch.cat([read(self.ahead, cells), back], dim=-1)
 
     def forward(self, cells: Tensor, lengths: Tensor) -> Tensor:
-        # The largest value is the same in either order: nothing need be turned back.
-        both = torch.cat([read(self.ahead, cells), read(self.back, _turned(cells, lengths))], dim=-1)
+        if reads_rows(cells):
+            both = self._read(cells, lengths)
+        else:  # the largest value is the same in either order: nothing need be turned back
+            both = torch.cat([read(self.ahead, cells), read(self.back, _turned(cells, lengths))], dim=-1)
         return torch.where(inside(cells, lengths)[..., None], both, -torch.inf).amax(dim=1)
+
+    def _read(self, cells: Tensor, lengths: Tensor) -> Tensor:
+        reading = Reading(lengths, cells)
+        ahead = reading.states(self.ahead, cells, reading.ahead)
+        return torch.cat([ahead, reading.states(self.back, cells, reading.back)], dim=-1)
 
 
 def _turned(cells: Tensor, lengths: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,13 +18,16 @@ from regraft.kernels.embedding_norm import embedding_layer_norm
 from regraft.kernels.folded_lora import folded_lora
 from regraft.kernels.gelu import bias_geglu, bias_gelu
 from regraft.kernels.lora import lora_linear
+from regraft.kernels.lstm import lstm
 from regraft.kernels.mix import scalar_mix
 from regraft.kernels.nf4 import NF4Weight, nf4_linear
 from regraft.kernels.norm import dropout_add_layer_norm
 from regraft.kernels.pooling import l2_normalise, segment_pool
 from regraft.kernels.rotary import rotate_merged
+from regraft.kernels.time_major import time_major
 
 CU = torch.tensor([0, 3, 5], dtype=torch.int32)
+ORDER = time_major(np.array([0, 3, 5]), 5)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,10 @@ WRAPPERS = {
         folded_lora,
         {"x": zeros(5, 6), "base": zeros(2, 4, 6), "bias": zeros(2, 4), **FOLDED, "scale": 1.0},
         lists=("down", "up"),
+    ),
+    "lstm": Wrapper(
+        lstm,
+        {"x": zeros(5, 3), "weight": zeros(8, 3), "recurrence": zeros(8, 2), "bias": zeros(8), "order": ORDER},
     ),
 }
 
