@@ -109,10 +109,13 @@ def few_shot(options: argparse.Namespace) -> list[Run]:
         found = {who: kept(who, go, files, number, options) for who, go in ((OURS, ours), (PEER, theirs))}
         print(f"split {number + 1}: {found}", file=sys.stderr, flush=True)
         made = [Run(ACCURACY, who, number, 100 * about["accuracy"], about) for who, about in found.items()]
-        if all(about["alone"] for about in found.values()):
+        if all(about.get("alone", True) for about in found.values()):
             made += [Run(SECONDS, who, number, 3600 / about["seconds"], about) for who, about in found.items()]
         return made
 
+    if options.at_once == 1:
+        return [run for number in range(options.rounds) for run in split(number)]
+    peer_python("setfit")  # made once
     with ThreadPoolExecutor(options.at_once) as pool:
         return [run for made in pool.map(split, range(options.rounds)) for run in made]
 
@@ -160,7 +163,7 @@ def ours(files: Mapping[str, Any], number: int, options: argparse.Namespace) -> 
     found = turn(
         sys.executable,
         "regraft_train.py",
-        {"config": config, "folder": WORK / "fewshot"},
+        {"config": config, "folder": WORK / "fewshot" / f"job-{number}"},
         threads=threads_of(options),
     )
     return {"accuracy": found["metrics"]["test"]["accuracy"], "seconds": found["run_seconds"]}

@@ -81,8 +81,13 @@ def main() -> None:
         name, seed = what
         print(f"{name} seed {seed}: {measured(name, seed, options).value:.2f}", file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(options.at_once) as pool:
-        list(pool.map(one, [(name, seed) for seed in seeds for name in names]))
+    every = [(name, seed) for seed in seeds for name in names]
+    if options.at_once == 1:
+        for what in every:
+            one(what)
+    else:
+        with ThreadPoolExecutor(options.at_once) as pool:
+            list(pool.map(one, every))
     runs = [earlier(name, seed, options) for name in CASES for seed in sorted({0, 1, 2, *seeds})]
     known = [run for run in runs if run is not None]
     settings = {run.case: configuration(run.case, 0, options) for run in known}

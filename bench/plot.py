@@ -203,6 +203,8 @@ def turns(case: dict[str, Any], who: str) -> list[float]:
 
 
 def short(value: float) -> str:
+    if 0 < value < 0.01:
+        return f"{value:.2g}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

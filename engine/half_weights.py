@@ -206,8 +206,8 @@ def bind_half_weights(running: RunningModel) -> int:
         elif getattr(bound, "__func__", None) is _merged_attention_forward:
             module.regraft_half = HalfWeights([module.query, module.key, module.value])
     for module in running.model.modules():
-        bound = "forward" in vars(module) or not is_intermediate(module) or not hasattr(module.dense, "regraft_half")
-        if not bound and unwatched(module):
+        plain = is_intermediate(module) and "forward" not in vars(module) and hasattr(module.dense, "regraft_half")
+        if plain and unwatched(module):
             module.forward = _intermediate_forward.__get__(module)
     return count
 

@@ -110,4 +110,5 @@ def lstm(x: Tensor, weight: Tensor, recurrence: Tensor, bias: Tensor, order: Tim
         raise ValueError(f"recurrence: is {gates} x {hidden}, expected four times as many rows as columns")
     expect("weight", weight, shape=(gates, x.shape[1]), dtype=x.dtype, like=x, contiguous=False)
     expect("bias", bias, shape=(gates,), dtype=x.dtype, like=x, contiguous=False)
-    return _Lstm.apply(x, weight, recurrence, bias, order)
+    with torch.autocast(x.device.type, enabled=False):  # it would cast some of the operands of a step
+        return _Lstm.apply(x, weight, recurrence, bias, order)

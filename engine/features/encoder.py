@@ -55,21 +55,20 @@ class GraftedEncoder(AroundBackbone):
         """As transformers' models: an output with `logits`."""
         hidden, mask = self.hidden(inputs), inputs.get("attention_mask")
         head = None if self.bare else self.head
-        with _full_precision(hidden.device.type):
-            logits = self.headed(head, hidden, mask, self.pooling, self.normalise)
-        return SequenceClassifierOutput(logits=logits)
+        return SequenceClassifierOutput(logits=self.headed(head, hidden, mask, self.pooling, self.normalise))
 
     def headed(
         self, head: nn.Module | None, hidden: Tensor, mask: Tensor | None, pooling: str, normalise: bool
     ) -> Tensor:
         """A head's logits [B, C] over hidden states [1, T, J, H] or, with a mask [B, L], [B, L, J, H]; without a head
         the features themselves."""
-        if pooling == "none":
-            return self._tokens(head, hidden, mask)
-        rows = self._pooled(hidden, mask, pooling)
-        if normalise:
-            rows = nn.functional.normalize(rows, dim=-1)
-        return rows.flatten(1) if head is None else head(rows)
+        with _full_precision(hidden.device.type):
+            if pooling == "none":
+                return self._tokens(head, hidden, mask)
+            rows = self._pooled(hidden, mask, pooling)
+            if normalise:
+                rows = nn.functional.normalize(rows, dim=-1)
+            return rows.flatten(1) if head is None else head(rows)
 
     def hidden(self, inputs: dict[str, Tensor]) -> Tensor:
         """Hidden states of the chosen layers. Shape: [1, T, J, H] packed, [B, L, J, H] padded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 AHEAD, AHEAD_BYTES = 64, 16 << 20  # batches that are gathered at once, and bytes as they lie
+MANY = 8192  # rows
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class FeatureRows:
         self.store, self.where = store, where
         self.pooled = store.spec.pooling != "none"
         self._order = np.empty(0, dtype=np.int64)
-        self._next = 0
-        self._held: tuple[int, Tensor] | None = None
+        self._next = self._first = 0  # in that order: of the batch that comes, and of what is held
+        self._held: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.where)
@@ -105,36 +107,44 @@ class FeatureRows:
 
     def expect(self, order: np.ndarray) -> None:
         """Rows will be asked for in this order, batch after batch: pooled ones are then gathered for many batches at once. Others
-        may be asked for all the same."""
+        may be asked for all the same. What `batch` gives is then a view: not to be written to."""
         self._order, self._next, self._held = order, 0, None
 
     def _foreseen(self, rows: np.ndarray) -> Tensor | None:
         """The rows, where they come next in the order that was told."""
         count = len(rows)
         at = self._next
+        if not count:
+            return None
         if not np.array_equal(self._order[at : at + count], rows):
-            found = np.flatnonzero(self._order == rows[0]) if count else ()
+            found = np.flatnonzero(self._order == rows[0])
             at = int(found[0]) if len(found) else len(self._order)
-            if not count or not np.array_equal(self._order[at : at + count], rows):
+            if not np.array_equal(self._order[at : at + count], rows):
                 return None
         self._next = at + count
-        first, held = self._held or (0, None)
-        if held is None or not first <= at <= at + count <= first + len(held):
+        if self._held is None or not self._first <= at <= at + count <= self._first + len(self._held):
             ahead = max(count, min(AHEAD * count, int(AHEAD_BYTES / self.store.spec.bytes_a_row)))
-            first, held = at, self._of(self._order[at : at + ahead])
-            self._held = first, held
-        return held[at - first : at - first + count]
+            self._first, self._held = at, self._of(self._order[at : at + ahead])
+        return self._held[at - self._first : at - self._first + count]
 
     def _of(self, rows: np.ndarray) -> Tensor:
         where = self.where[rows]
         return self._gather(where[:, 0], where[:, 1])
 
     def _gather(self, shard: np.ndarray, row: np.ndarray) -> Tensor:
-        # Shard after shard, then into the order asked for: a handful of calls, for a step of a small head is not much longer.
         import torch
 
         if len(self.shards) == 1:
             return self._of_shards(np.array([0, len(row)]), self.shards, row)
+        if len(row) > MANY:  # without a second copy of them all
+            parts = self._by_shard(shard, row)
+            at, first = next(parts)
+            found = first.new_empty(len(row), *first.shape[1:])
+            found[torch.from_numpy(at)] = first
+            for at, part in parts:
+                found[torch.from_numpy(at)] = part
+            return found
+        # Shard after shard, then into the order asked for: a handful of calls, for a step of a small head is not much longer.
         order = np.argsort(shard, kind="stable")
         where = shard[order]
         starts = np.flatnonzero(np.diff(where, prepend=-1))
@@ -142,6 +152,11 @@ class FeatureRows:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return found.index_select(0, torch.from_numpy(back))
+
+    def _by_shard(self, shard: np.ndarray, row: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        for number in np.unique(shard).tolist():
+            at = np.flatnonzero(shard == number)
+            yield at, self._of_shards(np.array([0, len(at)]), [number], row[at])
 
     def _of_shards(self, bounds: np.ndarray, numbers: list[int], row: np.ndarray) -> Tensor:
         """Rows bounds[i] to bounds[i + 1] of shard numbers[i], in fp32."""

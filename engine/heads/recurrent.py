@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from regraft.kernels.choice import choice
 from regraft.kernels.lstm import lstm
 from regraft.kernels.time_major import time_major
 
@@ -46,8 +47,14 @@ class Reading:
 
 
 def reads_rows(cells: Tensor) -> bool:
-    """Whether recurrences over these cells go by `Reading`: elsewhere a device has a library for them."""
-    return cells.is_cpu and not torch.compiler.is_exporting()
+    """Whether recurrences over these cells go by `Reading`: elsewhere a device has a library for them, and under autocast torch
+    casts what it needs."""
+    return (
+        cells.is_cpu
+        and not torch.compiler.is_exporting()
+        and not torch.is_autocast_enabled("cpu")
+        and choice() != "reference"
+    )
 
 
 def read(own: Any, cells: Tensor) -> Tensor:

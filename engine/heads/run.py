@@ -73,7 +73,8 @@ class FrozenRun(_Run):
         task.attach(head)
         self.fit_scale(head, features)
         self.head = head
-        bind_dropout(head)
+        if self.config.model.kernels == "auto" and self.accelerator.device.type == "cpu":
+            bind_dropout(head)
         self.running = FeatureHead(head).to(self.accelerator.device)  # type: ignore[assignment]
         limit = 1 if self.fitted else training.max_steps
         self.plan = Plan(len(train), training.batch_size, training.seed, training.epochs, limit)
@@ -118,7 +119,8 @@ class FrozenRun(_Run):
 
     def new_order(self, epoch: int) -> np.ndarray:
         order = super().new_order(epoch)
-        self.data.splits["train"].store.expect(order)  # type: ignore[attr-defined]
+        if self.accelerator.num_processes == 1:  # a share of a step does not come in this order
+            self.data.splits["train"].store.expect(order)  # type: ignore[attr-defined]
         return order
 
     def solve(self) -> None:

@@ -58,7 +58,6 @@ class HalfLora:
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = list(layers)
         self.base = HalfWeights([layer.base_layer for layer in layers])
-        self.scale = float(layers[0].scaling[ADAPTER])
         self._made_from: tuple = ()
         self._down = self._up = torch.empty(0)
 
@@ -70,9 +69,13 @@ class HalfLora:
     def ups(self) -> list[Tensor]:
         return [layer.lora_B[ADAPTER].weight for layer in self.layers]
 
+    @property
+    def scale(self) -> float:
+        return float(self.layers[0].scaling[ADAPTER])
+
     def pairs(self) -> tuple[Tensor, Tensor]:
         """A [R, K] and s B [O, R] as they are now, in bf16."""
-        made_from = tuple((w.data_ptr(), w._version) for w in (*self.downs, *self.ups))
+        made_from = (self.scale, *((w.data_ptr(), w._version) for w in (*self.downs, *self.ups)))
         if made_from != self._made_from:
             with torch.no_grad():
                 self._down, self._up = self._cast()

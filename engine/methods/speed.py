@@ -118,12 +118,16 @@ def _ends_in_gelu(module: Any) -> bool:
 
 def _adds_up(x: Tensor, layers: Sequence[Any]) -> bool:
     # neither merged into its weight nor switched off
-    return in_force(x) and not any(layer.disable_adapters or layer.merged for layer in layers)
+    return in_force(x) and not any(getattr(layer, "disable_adapters", True) or layer.merged for layer in layers)
 
 
 def _half_forward(self: Any, x: Tensor, *given: Any, **named: Any) -> Tensor:
     if _adds_up(x, [self]) and not named:
         return half_lora(x, self.regraft_half)
+    if (
+        self.merged and not self.disable_adapters
+    ):  # peft merges through .data, which no version tells: not the copy in bf16
+        return torch.nn.functional.linear(x, self.base_layer.weight, self.base_layer.bias)
     return type(self).forward(self, x, *given, **named)
 
 

@@ -482,3 +482,25 @@ def test_a_store_finds_rows_by_text_and_pair(config_of):
     spec, _ = feature_spec(config_of())
     store = FeatureStore(Path(config_of().features.store), spec)
     assert store.missing(np.concatenate([keys, keys])).tolist() == list(range(6))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_rows_that_were_foreseen_are_those_that_are_asked_for(config_of, precision, monkeypatch):
+    monkeypatch.setattr("regraft.engine.features.extract.FIRST_WINDOW", 16)
+    monkeypatch.setattr("regraft.engine.features.extract.SHARD_SECONDS", 0.0)  # many shards
+    monkeypatch.setattr("regraft.engine.features.rows.AHEAD", 3)
+    train = compute(config_of(f"features.precision={precision}"))[0]["train"]
+    assert len(train.shards) > 2
+    whole = train.whole()
+    assert len(whole.unique(dim=0)) > len(train) // 2
+    draw = np.random.default_rng()
+    order = draw.permutation(len(train))
+    train.expect(order)
+    batches = [order[at : at + 8] for at in range(0, len(order), 8)]  # the last one is shorter
+    resumed = batches[5:]
+    foreign = [draw.integers(0, len(train), 8), order[3:11], order[:0], np.repeat(order[:1], 4)]
+    for rows in [*batches[:3], *foreign, *batches[3:], *resumed, draw.permutation(len(train))]:
+        assert torch.equal(train.batch(rows).features, whole[rows])
+    monkeypatch.setattr("regraft.engine.features.rows.MANY", 4)
+    train.expect(order[:0])
+    assert torch.equal(train.batch(order).features, whole[order])

@@ -7,10 +7,15 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
-from regraft.engine.half_weights import HALF
+from regraft.engine.half_weights import HALF, bind_half_weights
 from regraft.engine.methods.half_lora import HalfLora, fits, half_lora
+from regraft.engine.methods.speed import bind_half_lora
+from regraft.engine.models import RunningModel
+from regraft.engine.packing import pack
 from regraft.engine.training.optimizer import clipped_step
 from regraft.kernels import linear_native
 
@@ -126,3 +131,85 @@ def test_it_follows_an_optimizer_a_copy_and_memory_put_in_place():
 )
 def test_what_is_not_one_plain_pair_of_one_kind_is_left_to_peft(options):
     assert not fits(layers(adapted(**options), 3))
+
+
+def pair(folder) -> tuple[RunningModel, RunningModel]:
+    """The same adapted model twice: under plain autocast, and bound."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=0.2)
+    wanted = LoraConfig(r=4, lora_alpha=8, target_modules=[*NAMES, "dense"], modules_to_save=["classifier"])
+    model = get_peft_model(model, wanted).base_model.model
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.2)
+    both = []
+    for bound in (False, True):
+        running = RunningModel(copy.deepcopy(model), pad_token_id=0)
+        running.run_packed()
+        running.use_kernels()
+        if bound:
+            assert bind_half_weights(running) and bind_half_lora(running) == 13  # six of each layer, and the pooler
+        both.append(running.eval())
+    return both[0], both[1]
+
+
+def logits(running: RunningModel, *, half: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    batch = pack([torch.randint(5, 60, (n,), generator=generator).numpy() for n in (3, 17, 1, 9)])
+    with torch.autocast("cpu", HALF, enabled=half):
+        return running(batch).float()
+
+
+def gradients(running: RunningModel, *, half: bool = True) -> dict[str, Tensor]:
+    running.zero_grad(set_to_none=True)
+    logits(running, half=half).square().sum().backward()
+    return {n: p.grad for n, p in running.model.named_parameters() if p.grad is not None}
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= 2**-5 * wanted.abs().max() + 1e-6)
+
+
+@tiles
+def test_a_bound_model_gives_the_logits_and_gradients_of_autocast(tiny_model):
+    plain, bound = pair(tiny_model)
+    assert close(logits(bound), logits(plain))
+    ours, theirs, exact = gradients(bound), gradients(plain), gradients(plain, half=False)
+    assert ours.keys() == theirs.keys() and len(theirs) > 20
+    for name, wanted in exact.items():
+        assert error(ours[name], wanted) <= 2 * error(theirs[name], wanted) + 2e-3, name
+    layer = bound.model.base_model.encoder.layer[0]
+    calls = [layer.attention.self, layer.intermediate, layer.output.dense]
+    assert all("forward" in vars(module) for module in calls)
+
+
+@tiles
+def test_adapters_that_are_merged_changed_or_switched_off_are_followed(tiny_model):
+    plain, bound = pair(tiny_model)
+
+    def each(change) -> None:
+        for running in (plain, bound):
+            for module in running.model.modules():
+                if isinstance(module, BaseTunerLayer) and hasattr(module, "lora_A"):
+                    change(module)
+
+    def grow(module) -> None:
+        with torch.no_grad():
+            module.lora_B.default.weight.mul_(1.5)
+
+    seen = [logits(bound)]
+    for change, differs in (
+        (lambda m: m.merge(), False),
+        (lambda m: m.unmerge(), False),
+        (grow, True),
+        (lambda m: m.merge(), False),
+        (lambda m: m.unmerge(), False),
+        (lambda m: m.enable_adapters(False), True),
+    ):
+        each(change)
+        seen.append(logits(bound))
+        assert close(seen[-1], logits(plain))
+        assert differs == (not close(seen[-1], seen[-2]))
