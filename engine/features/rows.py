@@ -134,8 +134,8 @@ class FeatureRows:
     def _gather(self, shard: np.ndarray, row: np.ndarray) -> Tensor:
         import torch
 
-        if len(self.shards) == 1:
-            return self._of_shards(np.array([0, len(row)]), self.shards, row)
+        if len(self.shards) == 1 or not len(row):
+            return self._of_shards(np.array([0, len(row)]), self.shards[:1], row)
         if len(row) > MANY:  # without a second copy of them all
             parts = self._by_shard(shard, row)
             at, first = next(parts)
