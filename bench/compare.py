@@ -21,7 +21,21 @@ from typing import Any
 import machine
 import sources
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_runs, run, turn
+from harness import (
+    OURS,
+    RESULTS,
+    WORK,
+    Claim,
+    Run,
+    Target,
+    TurnFailed,
+    arguments,
+    publish,
+    published_runs,
+    run,
+    threads_of,
+    turn,
+)
 
 CLAIM = Claim("compare", "The comparison in its budget; few rows a class against SetFit", "see case")
 PEER = "setfit"
@@ -179,11 +193,6 @@ def theirs(files: Mapping[str, Any], number: int, options: argparse.Namespace) -
         "batch_size": 16,
     }
     return turn(peer_python("setfit"), "peers/setfit_run.py", spec, threads=threads_of(options))
-
-
-def threads_of(options: argparse.Namespace) -> int:
-    """Threads of one split."""
-    return max(1, options.threads // options.at_once)
 
 
 def targets(cases: Mapping[str, Any]) -> list[Target]:

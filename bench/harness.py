@@ -105,6 +105,11 @@ def turn(
     return json.loads(last_line(run(command, threads=threads, timeout=timeout, environment=environment), script))
 
 
+def threads_of(options: argparse.Namespace) -> int:
+    """Threads of each of the turns that are taken side by side (`--at-once`)."""
+    return max(1, options.threads // options.at_once)
+
+
 def run(
     command: Sequence[str | Path],
     *,

@@ -20,7 +20,20 @@ from typing import Any
 
 import machine
 from environments import encoder_folder, our_versions
-from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, turn
+from harness import (
+    OURS,
+    RESULTS,
+    WORK,
+    Claim,
+    Run,
+    Target,
+    TurnFailed,
+    arguments,
+    publish,
+    published_with,
+    threads_of,
+    turn,
+)
 from tasks import NCBI, QUICK_ROWS, WNUT, short
 
 CLAIM = Claim(
@@ -129,11 +142,6 @@ def configuration(name: str, seed: int, options: argparse.Namespace) -> dict[str
         "data": files,
         "training": training,
     }
-
-
-def threads_of(options: argparse.Namespace) -> int:
-    """Threads of one run."""
-    return max(1, options.threads // options.at_once)
 
 
 def work_folder(name: str, seed: int, options: argparse.Namespace) -> Path:

@@ -1,7 +1,7 @@
 /* Linear layers in bf16 where the processor multiplies tiles (AMX), fp32 sums:
 
    out = a b + more beside (+ bias, and gelu of it)   b = W^T forward, W for the gradient of inputs; a further, thin term of
-                                                      few columns (low-rank updates) where `beside` is not NULL
+                                                      few columns (low-rank updates) where thin is not 0
    dw = dy^T x,   db = sum of dy's rows               in fp32: as they were added up, nothing is rounded to bf16
 
    Operands are put into the order that tiles are loaded in as part of each call, by all threads; then blocks of SIDE x SIDE

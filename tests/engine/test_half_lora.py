@@ -80,19 +80,23 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 @tiles
-@pytest.mark.parametrize("rows", [1, 33, 700])
+@pytest.mark.parametrize(("rows", "draws"), [(1, 40), (33, 4), (700, 1)])
 @pytest.mark.parametrize(("count", "rank"), [(1, 8), (3, 8), (3, 17), (1, 32)])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_output_and_gradients_are_as_near_to_fp64_as_autocasts(rows, count, rank, gelu):
-    model = adapted(rank=rank)
-    x, dy = torch.randn(rows, 64), torch.randn(rows, 96 * count)
-    half = HalfLora(layers(model, count))
-    assert fits(half.layers)
-    found = results(model, count, x, dy, lambda _, x: half_lora(x, half, gelu))
-    plain = results(model, count, x, dy, under_autocast(by_peft), gelu)
-    exact = results(copy.deepcopy(model).double(), count, x.double(), dy.double(), by_peft, gelu)
-    for one, other, wanted in zip(found, plain, exact, strict=True):
-        assert error(one, wanted) <= 1.5 * error(other, wanted) + 1e-6
+def test_output_and_gradients_are_as_near_to_fp64_as_autocasts(rows, draws, count, rank, gelu):
+    # One row's gradient is made of eight rounded numbers: what it is off by says little, the mean over many rows does.
+    ours, autocasts = [], []
+    for _ in range(draws):
+        model = adapted(rank=rank)
+        x, dy = torch.randn(rows, 64), torch.randn(rows, 96 * count)
+        half = HalfLora(layers(model, count))
+        assert fits(half.layers)
+        found = results(model, count, x, dy, lambda _, x, half=half: half_lora(x, half, gelu))
+        plain = results(model, count, x, dy, under_autocast(by_peft), gelu)
+        exact = results(copy.deepcopy(model).double(), count, x.double(), dy.double(), by_peft, gelu)
+        ours.append([error(one, wanted) for one, wanted in zip(found, exact, strict=True)])
+        autocasts.append([error(one, wanted) for one, wanted in zip(plain, exact, strict=True)])
+    assert torch.all(torch.tensor(ours).mean(0) <= 1.2 * torch.tensor(autocasts).mean(0))
     assert found[0].dtype == HALF and all(g.dtype == torch.float32 for g in found[1:])
 
 
