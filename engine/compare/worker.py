@@ -1,6 +1,6 @@
 """One way in a process of its own, so that its memory is its own: every seed and share of the rows, one JSON line each.
 
-    python -m regraft.engine.compare.worker JOB.json
+    python -m regraft.engine.compare.worker PARENT
 
 Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train_seconds", "latency_ms", "mb"}, or
 {"share", "seed", "needs"} for what would not be done in time; then {"memory_mb"}.
@@ -8,7 +8,9 @@ Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -28,14 +30,42 @@ from regraft.engine.machine import end_with
 from regraft.engine.tasks import Tagging, Task
 
 LATENCY_TEXTS = 30
+IMPORTS: dict[str, tuple[str, ...]] = {}  # by method
 
 
-def main(path: str) -> int:
-    """Do the job in `path`: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...],
-    "parent"}; `deadline`: seconds since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null;
-    `parent`: the process that reads the lines, without which this one ends."""
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    end_with(job["parent"])
+def main(parent: int) -> int:
+    """Do the jobs whose files are named on standard input, a line each, for the process `parent`; without it this one ends.
+
+    On Linux each is done by a fork, which prints {"group"}, then its lines; {"ended"} follows, its exit status.
+    Elsewhere this process does one job itself and ends.
+    """
+    end_with(parent)
+    for line in sys.stdin:
+        job = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
+        if not sys.platform.startswith("linux"):
+            return work(job)
+        make_ready(job["way"])
+        origin = os.getpid()
+        child = os.fork()
+        if child == 0:
+            end_with(origin)
+            os.setsid()
+            _say({"group": os.getpid()})
+            return work(job)
+        _, status = os.waitpid(child, 0)
+        _say({"ended": os.waitstatus_to_exitcode(status)})
+    return 0
+
+
+def make_ready(way: str) -> None:
+    """Import what the way takes, and nothing else: a fork holds what its origin holds, and its memory is a figure."""
+    for name in IMPORTS.get(next(w for w in WAYS if w.name == way).settings.get("method", ""), ()):
+        importlib.import_module(name)
+
+
+def work(job: dict[str, Any]) -> int:
+    """Do a job: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...]}; `deadline`: seconds
+    since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null."""
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
     task, splits = splits_of(base)
@@ -200,4 +230,4 @@ def _say(record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1])))

@@ -184,7 +184,7 @@ def test_a_comparison_that_is_stopped_keeps_its_points_and_leaves_no_process(mak
         while not (kept.exists() and any((tmp_path / "tmp").glob("*/full"))):
             assert time.monotonic() < until and process.poll() is None
             time.sleep(0.05)
-        workers = psutil.Process(process.pid).children()
+        workers = psutil.Process(process.pid).children(recursive=True)
         assert workers
         process.send_signal(sent)
         _, told = process.communicate(timeout=30)
@@ -200,6 +200,38 @@ def test_a_comparison_that_is_stopped_keeps_its_points_and_leaves_no_process(mak
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
         assert "stopped; what was measured until then" in told
         assert list((tmp_path / "tmp").glob("regraft-*")) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.parametrize("victim", ["the way's process", "the one it was forked from"])
+def test_a_way_that_is_killed_is_said_and_the_others_are_measured(make_config, tmp_path, victim):
+    import psutil
+
+    path = make_config(training={"epochs": 1, "threads": 1})
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "regraft.engine", "compare", str(path), "--ways", "majority,cnn,full"]
+    process = subprocess.Popen(
+        [*command, "--shares", "1", "--seeds", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+    )
+    try:
+        until = time.monotonic() + 60
+        while not any((tmp_path / "tmp").glob("*/cnn")):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+        (origin,) = psutil.Process(process.pid).children()
+        (origin if victim == "the one it was forked from" else origin.children()[0]).kill()
+        _, told = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 0, told
+    ways = json.loads((tmp_path / "run-compare" / "compare.json").read_text())["ways"]
+    majority, cnn, full = ways
+    assert cnn["why"] == "ended with -9" and "CNN from scratch: ended with -9" in told
+    assert (len(majority["points"]), len(cnn["points"]), len(full["points"])) == (1, 0, 1)
+    assert majority["memory_mb"] < 300 < full["memory_mb"]
 
 
 def test_the_way_over_four_layers_takes_those_there_are(make_config, tmp_path):
