@@ -290,7 +290,9 @@ def loss_of_pairs(rows, targets):
     return (np.mean(kinds) if kinds else 0.0) + (np.mean(contrasts) if contrasts else 0.0)
 
 
-@pytest.mark.parametrize("targets", [[0], [0, 1], [2, 2], [0, 1, 2, 3], [1, 1, 1, 1, 1], [0, 1, 1, 0, 2, 1, 3, 3]], ids=str)
+@pytest.mark.parametrize(
+    "targets", [[0], [0, 1], [2, 2], [0, 1, 2, 3], [1, 1, 1, 1, 1], [0, 1, 1, 0, 2, 1, 3, 3]], ids=str
+)
 def test_the_loss_of_pairs_is_the_formulas_by_loops_in_fp64(targets):
     from regraft.engine.heads.contrastive import pair_loss
 
