@@ -1,7 +1,8 @@
 """`method: contrastive`: pull the few rows of a class together, push the others away, then solve a head on what comes out.
 
-In the manner of SetFit (Tunstall et al. 2022), with one difference: a step encodes each of its rows once and compares
-all of them with one another, instead of encoding two texts for every pair.
+In the manner of SetFit (Tunstall et al. 2022), with two differences: a step encodes each of its rows once and compares
+all of them with one another, instead of encoding two texts for every pair; and each row is told apart from all others
+of its step at once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from regraft.engine.training.run import _Run
 from regraft.engine.training.setup import choose_precision, prepare, set_threads
 from regraft.engine.training.step import Stepper, seed_dropout, step_seed, without_ddp
 
-TOGETHER = 4  # rows of one class that come into the same step
+TOGETHER = 2  # rows of one class that come into the same step: the fewer, the more classes there are to tell apart
+TEMPERATURE = 0.1  # of the cosines, as in Khosla et al.
 ENCODED = 4096  # tokens of one forward pass without gradient
 
 
@@ -50,16 +52,40 @@ class PairPlan(Plan):
 
 
 def pair_loss(rows: Tensor, targets: Tensor) -> Tensor:
-    """Mean of (1 - cos)^2 over pairs of one class and of cos^2 over pairs of two, each kind counting half.
+    """How far rows are from lying beside their own class alone: the sum of `cosine_loss` and `contrast_loss`.
 
-    Shape: rows [B, H], targets [B] -> scalar. A step without pairs of a kind has the other's mean alone.
+    The first says where pairs of one class and of two shall lie; the second looks at the nearest rows of other classes,
+    which among many classes are lost in the first one's mean. Shape: rows [B, H], targets [B] -> scalar.
     """
+    if len(rows) < 2:
+        return rows.sum() * 0.0
     unit = torch.nn.functional.normalize(rows.float(), dim=-1)
-    above = torch.triu(torch.ones(len(rows), len(rows), dtype=torch.bool, device=rows.device), diagonal=1)
-    cosines = (unit @ unit.T)[above]
-    same = (targets[:, None] == targets[None])[above]
-    parts = [part.mean() for part in ((1 - cosines[same]).square(), cosines[~same].square()) if len(part)]
-    return torch.stack(parts).mean() if parts else rows.sum() * 0.0
+    cosines, same = unit @ unit.T, targets[:, None] == targets[None]
+    return cosine_loss(cosines, same) + contrast_loss(cosines, same)
+
+
+def cosine_loss(cosines: Tensor, same: Tensor) -> Tensor:
+    """Mean of (1 - cos)^2 over pairs of one class and of cos^2 over pairs of two, each kind counting half (Tunstall et al. 2022).
+
+    Shape: cosines, same [B, B] -> scalar. Without pairs of a kind it is the other's mean alone.
+    """
+    above = torch.triu(torch.ones_like(same), diagonal=1)
+    near, far = cosines[above & same], cosines[above & ~same]
+    return torch.stack([part.mean() for part in ((1 - near).square(), far.square()) if len(part)]).mean()
+
+
+def contrast_loss(cosines: Tensor, same: Tensor) -> Tensor:
+    """Supervised contrastive loss (Khosla et al. 2020, eq. 2): of the softmax over a row's cosines with all others, minus the mean
+    log of what falls to its own class; the mean over rows that have company.
+
+    Shape: cosines, same [B, B] -> scalar; 0 where no class has two rows.
+    """
+    oneself = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    own = same & ~oneself
+    shares = (cosines / TEMPERATURE).masked_fill(oneself, -torch.inf).log_softmax(-1)
+    company = own.sum(-1)
+    means = shares.masked_fill(~own, 0.0).sum(-1) / company.clamp(min=1)
+    return -means.sum() / (company > 0).sum().clamp(min=1)
 
 
 @dataclass

@@ -259,7 +259,7 @@ def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen
 
 
 def test_pairs_of_few_rows_pull_the_classes_apart(frozen):
-    from regraft.engine.heads.contrastive import PairPlan, pair_loss
+    from regraft.engine.heads.contrastive import PairPlan
 
     result = frozen("method=contrastive", "data.limit=64", "training.epochs=10", "training.learning_rate=1e-3")
     assert result.metrics["dev"]["accuracy"] > 0.7
@@ -271,9 +271,39 @@ def test_pairs_of_few_rows_pull_the_classes_apart(frozen):
     targets = np.arange(60) % 6
     order = PairPlan(60, 12, 3, 1.0, targets=targets).order(0)
     assert sorted(order) == list(range(60))
-    assert max(np.bincount(targets[order[:12]])) >= 4
-    rows = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 2.0]])  # cosines 0.6 (same), 0.0 and 0.8 (others)
-    assert float(pair_loss(rows, torch.tensor([0, 0, 1]))) == pytest.approx((0.16 + 0.32) / 2)
+    assert set(np.bincount(targets[order[:12]]) % 2) == {0}  # nobody is alone
+
+
+def loss_of_pairs(rows, targets):
+    """By loops in fp64: what `pair_loss` says it is."""
+    unit = [row / np.sqrt(sum(x * x for x in row)) for row in rows.astype(np.float64)]
+    near, far, contrasts = [], [], []
+    for i, row in enumerate(unit):
+        others = [j for j in range(len(unit)) if j != i]
+        cosine = {j: sum(row * unit[j]) for j in others}
+        near += [(1 - cosine[j]) ** 2 for j in others if targets[j] == targets[i] and j > i]
+        far += [cosine[j] ** 2 for j in others if targets[j] != targets[i] and j > i]
+        whole = np.log(sum(np.exp(10 * cosine[j]) for j in others)) if others else 0.0
+        own = [whole - 10 * cosine[j] for j in others if targets[j] == targets[i]]
+        contrasts += [np.mean(own)] if own else []
+    kinds = [np.mean(kind) for kind in (near, far) if kind]
+    return (np.mean(kinds) if kinds else 0.0) + (np.mean(contrasts) if contrasts else 0.0)
+
+
+@pytest.mark.parametrize(
+    "targets", [[0], [0, 1], [2, 2], [0, 1, 2, 3], [1, 1, 1, 1, 1], [0, 1, 1, 0, 2, 1, 3, 3]], ids=str
+)
+def test_the_loss_of_pairs_is_the_formulas_by_loops_in_fp64(targets):
+    from regraft.engine.heads.contrastive import pair_loss
+
+    for _ in range(5):
+        rows = torch.randn(len(targets), 7, requires_grad=True)
+        loss = pair_loss(rows, torch.tensor(targets))
+        loss.backward()
+        assert loss.item() == pytest.approx(loss_of_pairs(rows.detach().numpy(), targets), abs=2e-5)
+        assert rows.grad.isfinite().all()
+        # The rows' lengths say nothing, so none of the gradient lies along them.
+        assert (rows.grad * rows).sum(-1).abs().max() < 1e-4
 
 
 def test_a_regression_starts_at_the_mean_of_its_targets_and_learns(make_config, tmp_path):
