@@ -26,11 +26,13 @@ from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured, ro
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import RegraftError
+from regraft.engine.heads.settings import BAG_METHODS
 from regraft.engine.machine import end_with
 from regraft.engine.tasks import Tagging, Task
 
 LATENCY_TEXTS = 30
-IMPORTS: dict[str, tuple[str, ...]] = {}  # by method
+FITTED = ("sklearn.linear_model", "torch")  # what every way imports, whether it trains or is solved
+TRAINED = (*FITTED, "transformers.modeling_utils")  # brings accelerate with it
 
 
 def main(parent: int) -> int:
@@ -51,16 +53,18 @@ def main(parent: int) -> int:
             end_with(origin)
             os.setsid()
             _say({"group": os.getpid()})
+            _map_files_of(origin)
             return work(job)
         _, status = os.waitpid(child, 0)
         _say({"ended": os.waitstatus_to_exitcode(status)})
     return 0
 
 
-def make_ready(way: str) -> None:
+def make_ready(name: str) -> None:
     """Import what the way takes, and nothing else: a fork holds what its origin holds, and its memory is a figure."""
-    for name in IMPORTS.get(next(w for w in WAYS if w.name == way).settings.get("method", ""), ()):
-        importlib.import_module(name)
+    method = next(way for way in WAYS if way.name == name).settings.get("method", "full")
+    for module in () if name == "majority" else FITTED if method in BAG_METHODS else TRAINED:
+        importlib.import_module(module)
 
 
 def work(job: dict[str, Any]) -> int:
@@ -79,6 +83,8 @@ def work(job: dict[str, Any]) -> int:
         return rows_learned(base, way, rows)
 
     for share, seed in job["points"]:
+        if share < 1.0 and learned(share) == learned(1.0) and [1.0, seed] in job["points"]:
+            continue  # a way for few rows has them all by now: the same again says nothing
         # Training grows with the rows it goes through; importing, evaluating and timing do not.
         needs = last[1] - last[2] + last[2] * learned(share) / learned(last[0]) if last else 0.0
         if time.time() + needs > job["deadline"]:
@@ -223,6 +229,27 @@ def _at_most(rows: np.ndarray, targets: np.ndarray, most: int, seed: int) -> np.
 def _memory() -> float:
     """Most bytes this process has held."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _map_files_of(origin: int) -> None:
+    """Map the pages of libraries that the origin has mapped: a fork starts without them, and a process that imported the same
+    by itself would hold them."""
+    page = resource.getpagesize()
+    with (
+        Path(f"/proc/{origin}/maps").open() as areas,
+        Path(f"/proc/{origin}/pagemap").open("rb") as pages,
+        Path("/proc/self/mem").open("rb", buffering=0) as memory,
+    ):
+        for area in areas:
+            span, rights, _, _, inode, *_ = area.split()
+            if inode == "0" or not rights.startswith("r"):
+                continue
+            first, end = (int(at, 16) // page for at in span.split("-"))
+            pages.seek(8 * first)
+            there = np.frombuffer(pages.read(8 * (end - first)), np.uint64) >> np.uint64(63)  # proc_pid_pagemap(5)
+            for number in first + np.flatnonzero(there):
+                memory.seek(int(number) * page)
+                memory.read(1)
 
 
 def _say(record: dict[str, Any]) -> None:

@@ -93,7 +93,12 @@ class Workers:
             command = [sys.executable, "-m", "regraft.engine.compare.worker", str(os.getpid())]
             with self._errors.open("ab") as errors:
                 self._origin = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    start_new_session=True,
                 )
         return self._origin
 
