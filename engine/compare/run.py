@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,11 +10,11 @@ from typing import Any
 
 from regraft.engine.compare.results import Result
 from regraft.engine.compare.ways import Way, available
+from regraft.engine.compare.workers import Workers
 from regraft.engine.config import RunConfig
 from regraft.engine.figures import figure
 
 SHARES = (0.01, 0.05, 0.25, 1.0)
-GRACE = 5.0  # seconds a worker may be late before it is stopped
 Say = Callable[[str], None]
 
 
@@ -52,15 +45,18 @@ def compare(
             measured(results)
 
     # What a worker that is being killed still writes must not hide why it is killed.
-    with tempfile.TemporaryDirectory(prefix="regraft-compare-", ignore_cleanup_errors=True) as scratch:
+    with (
+        tempfile.TemporaryDirectory(prefix="regraft-compare-", ignore_cleanup_errors=True) as scratch,
+        Workers(Path(scratch)) as workers,
+    ):
         for number, (way, result) in enumerate(todo):
             own = time.time() + part_of_time(deadline - time.time(), len(todo) - number)
             curve = [1.0] if not way.labels or way.name == "majority" else list(shares)
-            _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), take, say)
+            _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), workers, take, say)
         again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
         for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
             points = [(1.0, s) for s in range(1, folds or seeds)]
-            _work(config, way, result, points, deadline, folds, Path(scratch), take, say)
+            _work(config, way, result, points, deadline, folds, Path(scratch), workers, take, say)
     return results
 
 
@@ -78,6 +74,7 @@ def _work(
     deadline: float,
     folds: int,
     scratch: Path,
+    workers: Workers,
     take: Callable[[Result, Way, dict[str, Any]], None],
     say: Say,
 ) -> None:
@@ -92,52 +89,14 @@ def _work(
         "deadline": deadline,
         "last": [1.0, *min((p["wall_seconds"], p["train_seconds"]) for p in full)] if full else None,
         "points": points,
-        "parent": os.getpid(),
     }
-    file = scratch / "job.json"
-    file.write_text(json.dumps(job), encoding="utf-8")
-    command = [sys.executable, "-m", "regraft.engine.compare.worker", str(file)]
-    late = threading.Event()
-    with (scratch / "errors").open("w+b") as errors:
-        worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True)
-
-        def time_is_up() -> None:
-            late.set()
-            _kill(worker)
-
-        timer = threading.Timer(max(1.0, deadline - time.time() + GRACE), time_is_up)
-        timer.start()
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                take(result, way, _record(line))
-            code = worker.wait()
-        finally:
-            timer.cancel()
-            _kill(worker)
-            worker.wait()
-        errors.seek(0)
-        err = errors.read().decode(errors="replace").strip()
-    if late.is_set():
+    ended = workers.do(job, deadline, lambda record: take(result, way, record))
+    if ended.late:
         say(f"{way.title}: stopped, the time was up")
         result.why = result.why or ("" if result.complete else "stopped: the budget was used up")
-    elif code:
-        last = err.splitlines()[-1] if err else f"ended with {code}"
-        say(f"{way.title}: {last}")
-        result.why = result.why or last
-
-
-def _kill(worker: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it has ended
-        os.killpg(worker.pid, signal.SIGKILL)
-
-
-def _record(line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    elif ended.why:
+        say(f"{way.title}: {ended.why}")
+        result.why = result.why or ended.why
 
 
 def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
@@ -157,5 +116,6 @@ def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
             f"on all rows it would take about {needs:.0f} s, more than was left" if needs else "no time was left"
         )
         say(f"{way.title}: {result.why}")
-    elif "memory_mb" in record:
-        result.memory_mb = max(result.memory_mb, record["memory_mb"])
+    elif "memory_mb" in record and not result.memory_mb:
+        # Of its first process: what others imported in the meantime lies in those that are started later.
+        result.memory_mb = record["memory_mb"]

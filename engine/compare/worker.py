@@ -1,6 +1,6 @@
 """One way in a process of its own, so that its memory is its own: every seed and share of the rows, one JSON line each.
 
-    python -m regraft.engine.compare.worker JOB.json
+    python -m regraft.engine.compare.worker PARENT
 
 Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train_seconds", "latency_ms", "mb"}, or
 {"share", "seed", "needs"} for what would not be done in time; then {"memory_mb"}.
@@ -8,7 +8,9 @@ Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -24,18 +26,50 @@ from regraft.engine.compare.ways import FEW_SHOT_ROWS, WAYS, Way, configured, ro
 from regraft.engine.config import RunConfig, parse_config
 from regraft.engine.data.rows import Rows
 from regraft.engine.errors import RegraftError
+from regraft.engine.heads.settings import BAG_METHODS
 from regraft.engine.machine import end_with
 from regraft.engine.tasks import Tagging, Task
 
 LATENCY_TEXTS = 30
+FITTED = ("sklearn.linear_model", "torch")  # what every way imports, whether it trains or is solved
+TRAINED = (*FITTED, "transformers.modeling_utils")  # brings accelerate with it
 
 
-def main(path: str) -> int:
-    """Do the job in `path`: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...],
-    "parent"}; `deadline`: seconds since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null;
-    `parent`: the process that reads the lines, without which this one ends."""
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    end_with(job["parent"])
+def main(parent: int) -> int:
+    """Do the jobs whose files are named on standard input, a line each, for the process `parent`; without it this one ends.
+
+    On Linux each is done by a fork, which prints {"group"}, then its lines; {"ended"} follows, its exit status.
+    Elsewhere this process does one job itself and ends.
+    """
+    end_with(parent)
+    for line in sys.stdin:
+        job = json.loads(Path(line.rstrip("\n")).read_text(encoding="utf-8"))
+        if not sys.platform.startswith("linux"):
+            return work(job)
+        make_ready(job["way"])
+        origin = os.getpid()
+        child = os.fork()
+        if child == 0:
+            end_with(origin)
+            os.setsid()
+            _say({"group": os.getpid()})
+            _map_files_of(origin)
+            return work(job)
+        _, status = os.waitpid(child, 0)
+        _say({"ended": os.waitstatus_to_exitcode(status)})
+    return 0
+
+
+def make_ready(name: str) -> None:
+    """Import what the way takes, and nothing else: a fork holds what its origin holds, and its memory is a figure."""
+    method = next(way for way in WAYS if way.name == name).settings.get("method", "full")
+    for module in () if name == "majority" else FITTED if method in BAG_METHODS else TRAINED:
+        importlib.import_module(module)
+
+
+def work(job: dict[str, Any]) -> int:
+    """Do a job: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...]}; `deadline`: seconds
+    since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null."""
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
     task, splits = splits_of(base)
@@ -49,6 +83,8 @@ def main(path: str) -> int:
         return rows_learned(base, way, rows)
 
     for share, seed in job["points"]:
+        if share < 1.0 and learned(share) == learned(1.0) and [1.0, seed] in job["points"]:
+            continue  # a way for few rows has them all by now: the same again says nothing
         # Training grows with the rows it goes through; importing, evaluating and timing do not.
         needs = last[1] - last[2] + last[2] * learned(share) / learned(last[0]) if last else 0.0
         if time.time() + needs > job["deadline"]:
@@ -195,9 +231,30 @@ def _memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _map_files_of(origin: int) -> None:
+    """Map the pages of libraries that the origin has mapped: a fork starts without them, and a process that imported the same
+    by itself would hold them."""
+    page = resource.getpagesize()
+    with (
+        Path(f"/proc/{origin}/maps").open() as areas,
+        Path(f"/proc/{origin}/pagemap").open("rb") as pages,
+        Path("/proc/self/mem").open("rb", buffering=0) as memory,
+    ):
+        for area in areas:
+            span, rights, _, _, inode, *_ = area.split()
+            if inode == "0" or not rights.startswith("r"):
+                continue
+            first, end = (int(at, 16) // page for at in span.split("-"))
+            pages.seek(8 * first)
+            there = np.frombuffer(pages.read(8 * (end - first)), np.uint64) >> np.uint64(63)  # proc_pid_pagemap(5)
+            for number in first + np.flatnonzero(there):
+                memory.seek(int(number) * page)
+                memory.read(1)
+
+
 def _say(record: dict[str, Any]) -> None:
     print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1])))
