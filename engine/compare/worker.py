@@ -8,6 +8,7 @@ Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -233,9 +234,10 @@ def _memory() -> float:
 
 def _map_files_of(origin: int) -> None:
     """Map the pages of libraries that the origin has mapped: a fork starts without them, and a process that imported the same
-    by itself would hold them."""
+    by itself would hold them. Where the system does not tell which, nothing is done."""
     page = resource.getpagesize()
     with (
+        contextlib.suppress(OSError),
         Path(f"/proc/{origin}/maps").open() as areas,
         Path(f"/proc/{origin}/pagemap").open("rb") as pages,
         Path("/proc/self/mem").open("rb", buffering=0) as memory,
