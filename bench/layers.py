@@ -34,7 +34,7 @@ from harness import (
     threads_of,
     turn,
 )
-from tasks import NCBI, QUICK_ROWS, WNUT, short
+from tasks import CONLL, NCBI, QUICK_ROWS, WNUT, short
 
 CLAIM = Claim(
     "layers",
@@ -42,7 +42,7 @@ CLAIM = Claim(
     "points",
     compare="difference",
 )
-DATA = {"wnut17": WNUT, "ncbi": NCBI}
+DATA = {"wnut17": WNUT | CONLL, "ncbi": NCBI | CONLL}
 DEPTH = 6
 FROZEN = {"learning_rate": 1e-3, "epochs": 12, "batch_size": 32}
 TUNED = {"learning_rate": 1e-4, "epochs": 6, "batch_size": 32}
