@@ -243,7 +243,10 @@ def _write(
         *_gap_lines(rows.dropped),
         "",
         "training:",
-        _line("  learning_rate: 5.0e-5", "1e-5 to 1e-4 for a whole encoder; the smaller the encoder, the higher"),
+        _line(
+            "  # learning_rate: 5.0e-5",
+            "that of the method: 1e-5 to 1e-4 for a whole encoder (the smaller, the higher), 1e-3 for lora",
+        ),
         _line("  batch_size: 32", "sequences an optimizer step; memory is looked after apart from it"),
         _line(f"  epochs: {_epochs(len(rows))}", "few rows need more" if len(rows) < FEW_ROWS else ""),
         _line("  # early_stopping: {patience: 3}", "evaluations without a better metric before training stops"),

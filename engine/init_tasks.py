@@ -129,7 +129,7 @@ def write_config(path: str, task: str, model: str, dev: str | None, test: str | 
         *gaps,
         "",
         "training:",
-        "  learning_rate: 5.0e-5",
+        _line("  # learning_rate: 5.0e-5", "that of the method; 1e-3 for lora"),
         f"  batch_size: {BATCH.get(task, 32)}",
         "  epochs: 3",
     ]

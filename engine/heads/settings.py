@@ -74,8 +74,13 @@ BAG_METHODS = ("tfidf", "onehot")
 # Heads of ours that take the place of transformers' own, trained end to end with the encoder, and by which methods.
 LIVE_HEADS = frozenset({"mlp", "attention", "bilstm", "cnn"})
 LIVE_METHODS = ("full", "bitfit", "lora", "qlora", "int8", "ia3", "adapter")
-# What sections are set to, where the run does not say, when there is no pretrained encoder to be careful with.
+# What sections are set to, where the run does not say: there is no pretrained encoder to be careful with, or its weights stay
+# and few new ones have all to learn.
 DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    **{method: {"training": {"learning_rate": 1e-3}} for method in ("lora", "qlora", "int8", "adapter", "bitfit")},
+    "ia3": {"training": {"learning_rate": 1e-2}},
+    "prompt": {"training": {"learning_rate": 3e-2}},
+    "prefix": {"training": {"learning_rate": 3e-2}},
     "frozen": {"training": {"learning_rate": 1e-3, "epochs": 20}},
     "contrastive": {"training": {"learning_rate": 5e-5, "epochs": 20}, "head": {"type": "logistic"}},
     "vectors": {"training": {"learning_rate": 1e-3, "epochs": 8}, "head": {"type": "bilstm", "dropout": 0.3}},
@@ -92,7 +97,7 @@ def method_defaults(values: dict[str, Any]) -> dict[str, Any]:
     own = dict(DEFAULTS.get(method, {})) if isinstance(method, str) else {}
     training = own.pop("training", {})
     if method in LIVE_METHODS and isinstance(head, dict) and head.get("type") in LIVE_HEADS:
-        training = {"head_learning_rate": FRESH_HEAD_RATE}
+        training = training | {"head_learning_rate": FRESH_HEAD_RATE}
     if training and isinstance(values.get("training", {}), dict):
         values = {**values, "training": training | values.get("training", {})}
     values = own | values

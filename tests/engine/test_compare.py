@@ -17,6 +17,7 @@ from conftest import regraft
 from regraft.engine.compare.results import Result, advice
 from regraft.engine.compare.rows import fold_of, part_of
 from regraft.engine.compare.run import compare
+from regraft.engine.compare.ways import WAYS, configured
 from regraft.engine.config import load_config
 
 
@@ -278,6 +279,24 @@ def test_a_way_for_few_rows_is_not_measured_twice_on_all_it_takes(make_config, w
     ways = compare(config, ("contrastive", "tfidf"), budget=100.0, seeds=1, shares=[0.1, 0.5, 1.0])
     by_name = {way.name: [point["share"] for point in way.points] for way in ways}
     assert by_name == {"contrastive": [0.1, 1.0], "tfidf": [0.1, 0.5, 1.0]}
+
+
+def test_a_learning_rate_stays_with_the_method_it_was_written_for(make_config):
+    def rates(**settings) -> dict[str, tuple[float, float]]:
+        base = load_config(make_config(**settings))
+        ways = {way.name: way for way in WAYS}
+        found = {
+            name: configured(base, ways[name], seed=0, run="x", rows=5000).training
+            for name in ("lora", "full", "linear")
+        }
+        return {name: (training.learning_rate, training.epochs) for name, training in found.items()}
+
+    own = {"training": {"learning_rate": 1e-4, "epochs": 4}}
+    assert rates(**own) == {"lora": (20 * 1e-4, 4), "full": (1e-4, 4), "linear": (1e-3, 15)}
+    assert rates(method="lora", **own) == {"lora": (1e-4, 4), "full": (5e-5, 4), "linear": (1e-3, 15)}
+    assert rates(method="qlora", **own)["lora"] == (1e-4, 4)
+    # what suits a head on stored features suits no encoder
+    assert rates(method="frozen", **own) == {"lora": (1e-3, 3), "full": (5e-5, 3), "linear": (1e-3, 15)}
 
 
 def test_an_unknown_way_is_refused_by_name(make_config):

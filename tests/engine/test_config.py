@@ -96,3 +96,21 @@ def test_a_wrong_key_is_refused_before_torch_is_imported(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "epochs" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("full", 5e-5), ("lora", 1e-3), ("qlora", 1e-3), ("adapter", 1e-3), ("ia3", 1e-2), ("prefix", 3e-2)],
+)
+def test_a_method_learns_at_its_own_rate_where_none_is_said(tmp_path, method, rate):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + f"method: {method}\ntraining:\n  epochs: 2\n")
+    assert load_config(path).training.learning_rate == rate
+    assert load_config(path, ["training.learning_rate=2e-4"]).training.learning_rate == 2e-4
+
+
+def test_a_head_of_ours_under_lora_leaves_its_rate_to_lora(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD + "method: lora\nhead:\n  type: mlp\n")
+    training = load_config(path).training
+    assert (training.learning_rate, training.head_learning_rate) == (1e-3, 1e-3)
