@@ -59,19 +59,20 @@ static void product(float *c, int64_t ldc, const float *a, int64_t lda, const fl
   }
 }
 
-/* 1 / (1 + e^-x), and tanh(x) = 2 / (1 + e^-2x) - 1 by the size of x: e's exponent is never above 0. */
 INLINE vf either(vi where, vf yes, vf no) { return (vf)(((vi)yes & where) | ((vi)no & ~where)); }
 
 INLINE vf size_of(vf x) { return (vf)((vi)x & 0x7FFFFFFF); }
 
+/* 1 / (1 + e^-x), by the size of x: the exponent is never above 0. */
 INLINE vf sigmoid(vf x) {
   const vf e = exponential(-size_of(x)), y = splat(1.0f) / (splat(1.0f) + e);
   return either((vi)(x < splat(0.0f)), e * y, y);
 }
 
+/* (1 - e^-2x) / (1 + e^-2x), by the size of x; near 0, where 1 - e has lost its last digits, the first terms of the series. */
 INLINE vf tangent(vf x) {
   const vf size = size_of(x), e = exponential(size * splat(-2.0f)), y = (splat(1.0f) - e) / (splat(1.0f) + e);
-  const vf square = x * x; /* near 0 what is subtracted from 1 has lost its last digits */
+  const vf square = x * x;
   const vf near = size - size * square * (splat(1.0f / 3.0f) - square * (splat(2.0f / 15.0f) - square * splat(17.0f / 315.0f)));
   return (vf)((vi)either((vi)(size < splat(0.1f)), near, y) | ((vi)x & INT32_MIN));
 }
