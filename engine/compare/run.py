@@ -10,7 +10,7 @@ from typing import Any
 
 from regraft.engine.compare.results import Result
 from regraft.engine.compare.ways import Way, available
-from regraft.engine.compare.workers import Workers
+from regraft.engine.compare.workers import Ended, Workers
 from regraft.engine.config import RunConfig
 from regraft.engine.figures import figure
 
@@ -49,14 +49,20 @@ def compare(
         tempfile.TemporaryDirectory(prefix="regraft-compare-", ignore_cleanup_errors=True) as scratch,
         Workers(Path(scratch)) as workers,
     ):
+        every = {"config": config.model_dump(mode="json", exclude_unset=True), "folder": scratch, "folds": folds}
+
+        def work(way: Way, result: Result, points: list[tuple[float, int]], until: float) -> None:
+            if points:
+                job = every | {"way": way.name, "points": points, "deadline": until, "last": _last(result)}
+                _end(result, way, workers.do(job, until, lambda record: take(result, way, record)), say)
+
         for number, (way, result) in enumerate(todo):
             own = time.time() + part_of_time(deadline - time.time(), len(todo) - number)
             curve = [1.0] if not way.labels or way.name == "majority" else list(shares)
-            _work(config, way, result, [(s, 0) for s in curve], own, folds, Path(scratch), workers, take, say)
+            work(way, result, [(share, 0) for share in curve], own)
         again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
         for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
-            points = [(1.0, s) for s in range(1, folds or seeds)]
-            _work(config, way, result, points, deadline, folds, Path(scratch), workers, take, say)
+            work(way, result, [(1.0, seed) for seed in range(1, folds or seeds)], deadline)
     return results
 
 
@@ -66,31 +72,13 @@ def part_of_time(left: float, ways: int) -> float:
     return left if ways == 1 else left * min(0.5, 1.5 / ways)
 
 
-def _work(
-    config: RunConfig,
-    way: Way,
-    result: Result,
-    points: list[tuple[float, int]],
-    deadline: float,
-    folds: int,
-    scratch: Path,
-    workers: Workers,
-    take: Callable[[Result, Way, dict[str, Any]], None],
-    say: Say,
-) -> None:
-    if not points:
-        return
+def _last(result: Result) -> list[float] | None:
+    """What a worker is told of the points so far: share 1, and the least seconds, whole and of training alone."""
     full = [p for p in result.points if p["share"] == 1.0]
-    job = {
-        "config": config.model_dump(mode="json", exclude_unset=True),
-        "way": way.name,
-        "folder": str(scratch),
-        "folds": folds,
-        "deadline": deadline,
-        "last": [1.0, *min((p["wall_seconds"], p["train_seconds"]) for p in full)] if full else None,
-        "points": points,
-    }
-    ended = workers.do(job, deadline, lambda record: take(result, way, record))
+    return [1.0, *min((p["wall_seconds"], p["train_seconds"]) for p in full)] if full else None
+
+
+def _end(result: Result, way: Way, ended: Ended, say: Say) -> None:
     if ended.late:
         say(f"{way.title}: stopped, the time was up")
         result.why = result.why or ("" if result.complete else "stopped: the budget was used up")
