@@ -14,7 +14,8 @@ SHARES_OF_ROWS = frozenset({"accuracy", "subset_accuracy", "exact_match"})
 
 @dataclass
 class Result:
-    """One way's points, as its worker told them. `why`: why there are none, else ''. `folds`: whether the points of all
+    """One way's points, as its worker told them. `why`: why there are none, else ''; `needs`: the seconds that all rows would
+    take, where that is why, else 0. `folds`: whether the points of all
     rows held out other rows each, instead of having other seeds; `seeded`: whether another seed gives another figure."""
 
     name: str
@@ -24,6 +25,7 @@ class Result:
     why: str = ""
     folds: bool = False
     seeded: bool = True
+    needs: float = 0.0
 
     def values(self, metric: str, share: float = 1.0) -> list[float]:
         return [p["metrics"][metric] for p in self.points if p["share"] == share and metric in p["metrics"]]

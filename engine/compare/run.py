@@ -1,4 +1,5 @@
-"""`regraft compare`: every way in a process of its own, the learning curve first, then more seeds, until time is up."""
+"""`regraft compare`: every way in processes of its own; all rows first, then the learning curve, then more seeds, until time
+is up."""
 
 from __future__ import annotations
 
@@ -53,13 +54,23 @@ def compare(
 
         def work(way: Way, result: Result, points: list[tuple[float, int]], until: float) -> None:
             if points:
-                job = every | {"way": way.name, "points": points, "deadline": until, "last": _last(result)}
-                _end(result, way, workers.do(job, until, lambda record: take(result, way, record)), say)
+                # What was begun in good time may take half as much again: killed, it would have taken it for nothing.
+                stopped = min(deadline, until + 0.5 * (until - time.time()))
+                job = every | {"way": way.name, "points": points, "deadline": until, "known": result.points}
+                _end(result, way, workers.do(job, stopped, lambda record: take(result, way, record)), say)
 
-        for number, (way, result) in enumerate(todo):
-            own = time.time() + part_of_time(deadline - time.time(), len(todo) - number)
-            curve = [1.0] if not way.labels or way.name == "majority" else list(shares)
-            work(way, result, [(share, 0) for share in curve], own)
+        def in_turns(turns: list[tuple[Way, Result]], points: Callable[[Way], list[tuple[float, int]]]) -> None:
+            for number, (way, result) in enumerate(turns):
+                work(way, result, points(way), time.time() + part_of_time(deadline - time.time(), len(turns) - number))
+
+        # The least share tells what all rows will take.
+        in_turns(todo, lambda way: [(share, 0) for share in sorted({min(shares), 1.0} if way.curve else {1.0})])
+        waiting = [(way, result) for way, result in todo if result.needs]
+        for way, result in sorted(waiting, key=lambda pair: pair[1].needs):
+            work(way, result, [(1.0, 0)], deadline)
+        between = sorted({*shares} - {min(shares), 1.0}, reverse=True)
+        curves = [(way, result) for way, result in todo if way.curve and result.points]
+        in_turns(curves, lambda way: [(share, 0) for share in between])
         again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
         for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
             work(way, result, [(1.0, seed) for seed in range(1, folds or seeds)], deadline)
@@ -70,12 +81,6 @@ def part_of_time(left: float, ways: int) -> float:
     """Seconds that the next of `ways` may take of those that are left: half as much again as its share, so that those behind
     it have time too. What it leaves is theirs, and in the end goes to more seeds."""
     return left if ways == 1 else left * min(0.5, 1.5 / ways)
-
-
-def _last(result: Result) -> list[float] | None:
-    """What a worker is told of the points so far: share 1, and the least seconds, whole and of training alone."""
-    full = [p for p in result.points if p["share"] == 1.0]
-    return [1.0, *min((p["wall_seconds"], p["train_seconds"]) for p in full)] if full else None
 
 
 def _end(result: Result, way: Way, ended: Ended, say: Say) -> None:
@@ -90,6 +95,9 @@ def _end(result: Result, way: Way, ended: Ended, say: Say) -> None:
 def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
     if "metrics" in record:
         result.points.append(record)
+        result.points.sort(key=lambda point: (point["share"], point["seed"]))
+        if result.complete:
+            result.needs, result.why = 0.0, ""
         named = next(iter(record["metrics"].items()))
         say(
             f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {figure(named[1])}, "
@@ -99,11 +107,11 @@ def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
         result.why = record["error"]
         say(f"{way.title}: {record['error']}")
     elif "needs" in record and record["share"] == 1.0 and not result.complete:
-        needs = record["needs"]
+        needs = result.needs = record["needs"]
         result.why = (
             f"on all rows it would take about {needs:.0f} s, more than was left" if needs else "no time was left"
         )
         say(f"{way.title}: {result.why}")
-    elif "memory_mb" in record and not result.memory_mb:
-        # Of its first process: what others imported in the meantime lies in those that are started later.
+    elif "memory_mb" in record and not result.memory_mb and (result.complete or not way.curve):
+        # Of the process that had all rows first: what others imported in the meantime lies in those that are started later.
         result.memory_mb = record["memory_mb"]

@@ -22,6 +22,11 @@ class Way:
     labels: bool = True
     seeded: bool = True
 
+    @property
+    def curve(self) -> bool:
+        """Whether fewer rows than all tell anything of it."""
+        return self.labels and self.name != "majority"
+
 
 FROZEN = {"learning_rate": 1e-3, "epochs": 15, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}
 SCRATCH = {"learning_rate": 1e-3, "epochs": 6, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}

@@ -2,8 +2,8 @@
 
     python -m regraft.engine.compare.worker PARENT
 
-Lines go to standard output: {"share", "seed", "rows", "held", "metrics", "train_seconds", "latency_ms", "mb"}, or
-{"share", "seed", "needs"} for what would not be done in time; then {"memory_mb"}.
+Lines go to standard output: {"share", "seed", "wall_seconds", "rows", "held", "metrics", "train_seconds", "steps", "step_seconds" (median),
+"latency_ms", "mb"}, or {"share", "seed", "needs"} for what would not be done in time; then {"memory_mb"}.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +70,13 @@ def make_ready(name: str) -> None:
 
 
 def work(job: dict[str, Any]) -> int:
-    """Do a job: {"config", "way", "folder", "folds", "deadline", "last", "points": [[share, seed], ...]}; `deadline`: seconds
-    since 1970; `last`: [share, seconds, seconds of training] of an earlier point, or null."""
+    """Do a job: {"config", "way", "folder", "folds", "deadline", "known", "points": [[share, seed], ...]}; `deadline`: seconds
+    since 1970; `known`: the points that were measured before."""
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
     task, splits = splits_of(base)
     folder = Path(job["folder"])
-    last = job["last"]
+    known = list(job["known"])
 
     def learned(share: float) -> float:
         rows = max(1, round(share * len(splits["train"][0])))
@@ -83,11 +84,11 @@ def work(job: dict[str, Any]) -> int:
             rows = min(rows, FEW_SHOT_ROWS * len(task.labels))
         return rows_learned(base, way, rows)
 
+    whole = 1.0 in (*(share for share, _ in job["points"]), *(point["share"] for point in known))
     for share, seed in job["points"]:
-        if share < 1.0 and learned(share) == learned(1.0) and [1.0, seed] in job["points"]:
+        if share < 1.0 and whole and learned(share) == learned(1.0):
             continue  # a way for few rows has them all by now: the same again says nothing
-        # Training grows with the rows it goes through; importing, evaluating and timing do not.
-        needs = last[1] - last[2] + last[2] * learned(share) / learned(last[0]) if last else 0.0
+        needs = seconds_of(share, known, learned)
         if time.time() + needs > job["deadline"]:
             _say({"share": share, "seed": seed, "needs": needs})
             continue
@@ -98,10 +99,23 @@ def work(job: dict[str, Any]) -> int:
         except RegraftError as error:
             found = {"error": str(error)}
         wall = time.perf_counter() - started
-        last = [share, wall, min(wall, found["train_seconds"])] if "metrics" in found else last
-        _say({"share": share, "seed": seed, "wall_seconds": wall, **found})
+        told = {"share": share, "seed": seed, "wall_seconds": wall, **found}
+        known += [told] if "metrics" in found else []
+        _say(told)
     _say({"memory_mb": _memory() / 1e6})
     return 0
+
+
+def seconds_of(share: float, known: list[dict[str, Any]], learned: Callable[[float], float]) -> float:
+    """How long a point will take by those that are known, 0 where none is. `learned`: rows that training goes through, by share.
+
+    Its steps grow with them (a model that is solved for has one step); starting, evaluating and timing do not.
+    """
+    if not known:
+        return 0.0
+    like = min(known, key=lambda p: (p["share"] != share, -p["share"], p["wall_seconds"]))
+    stepping = like["steps"] * like["step_seconds"]
+    return like["wall_seconds"] + stepping * (learned(share) / learned(like["share"]) - 1)
 
 
 def held_out(splits: dict, folds: int, fold: int) -> dict:
@@ -130,7 +144,8 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
     config = _on_files(wanted, task, rows, splits, here)
     from regraft.engine.training.run import train as train_run
 
-    result = train_run(config, quiet=True)
+    steps: list[float] = []
+    result = train_run(config, quiet=True, on_step=lambda step: steps.append(step.seconds))
     metrics = result.metrics["test" if "test" in splits else "dev"]
     latency = _latency(result.folder, held)
     size = sum(f.stat().st_size for f in (result.folder / "best").rglob("*") if f.is_file()) / 1e6
@@ -139,6 +154,8 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
         "held": len(held),
         "metrics": metrics,
         "train_seconds": result.seconds,
+        "steps": len(steps),
+        "step_seconds": statistics.median(steps),
         "latency_ms": latency,
         "mb": size,
     }
@@ -200,6 +217,8 @@ def _majority(task: Task, rows: Rows, targets: np.ndarray, held: Rows, held_targ
         "held": len(held),
         "metrics": metrics.compute(),
         "train_seconds": fitted.seconds,
+        "steps": 1,
+        "step_seconds": fitted.seconds,
         "latency_ms": 1000 * statistics.median(times),
         "mb": fitted.bytes / 1e6,
     }

@@ -138,7 +138,10 @@ class FrozenRun(_Run):
         self.state.tokens += int(train.store.lengths.sum()) if rows else 0
         seconds = time.perf_counter() - began
         self.state.seconds = self.seconds_before + seconds
-        self.log_step(StepInfo(0, self.state.tokens, seconds, float("nan") if not rows else 0.0), 0.0)
+        info = StepInfo(0, self.state.tokens, seconds, float("nan") if not rows else 0.0)
+        self.log_step(info, 0.0)
+        if self.on_step:
+            self.on_step(info)
 
     def log_step(self, info: StepInfo, norm: float) -> None:
         if not self.fitted:
