@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import machine
@@ -33,6 +32,7 @@ from harness import (
     publish,
     published_runs,
     run,
+    side_by_side,
     threads_of,
     turn,
 )
@@ -127,11 +127,8 @@ def few_shot(options: argparse.Namespace) -> list[Run]:
             made += [Run(SECONDS, who, number, 3600 / about["seconds"], about) for who, about in found.items()]
         return made
 
-    if options.at_once == 1:
-        return [run for number in range(options.rounds) for run in split(number)]
-    peer_python("setfit")  # made once
-    with ThreadPoolExecutor(options.at_once) as pool:
-        return [run for made in pool.map(split, range(options.rounds)) for run in made]
+    peer_python("setfit")  # made once, and not by two splits at a time
+    return [run for made in side_by_side(split, range(options.rounds), options.at_once) for run in made]
 
 
 def shots(rows: list[sources.Row], count: int, seed: int) -> list[sources.Row]:

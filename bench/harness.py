@@ -15,10 +15,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import machine
 
@@ -28,6 +30,10 @@ WORK = BENCH / ".data"
 ENVIRONMENTS = BENCH / ".envs"
 RESULTS = BENCH / "results"
 OURS = "regraft"
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+_under_way: set[subprocess.Popen[str]] = set()
+_told_to_end = threading.Event()
 
 
 class TurnFailed(RuntimeError):
@@ -72,8 +78,8 @@ class Claim:
 
 
 def arguments(doc: str | None, *, rounds: int | None) -> argparse.ArgumentParser:
-    """The options that every measurement has. A measurement that is told to end takes its turn's processes along."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """The options that every measurement has. A measurement that is told to end takes its turns' processes along."""
+    signal.signal(signal.SIGTERM, _end)
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="tiny, to see that it runs; writes no result without --out"
@@ -86,6 +92,28 @@ def arguments(doc: str | None, *, rounds: int | None) -> argparse.ArgumentParser
 
 
 # ---- turns --------------------------------------------------------------------------------------------------------
+
+
+def _end(number: int, frame: object) -> None:
+    # Turns side by side are waited for by threads, which this exception does not reach.
+    _told_to_end.set()
+    for process in tuple(_under_way):
+        _kill(process)
+    sys.exit(128 + number)
+
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """With its group: a compiler's workers must not go on and slow down the next turn."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def side_by_side(go: Callable[[Item], Found], items: Sequence[Item], at_once: int) -> list[Found]:
+    """What `go` finds for every item, `at_once` of them at a time."""
+    if at_once == 1:
+        return [go(item) for item in items]
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(go, items))
 
 
 def turn(
@@ -128,18 +156,23 @@ def run(
         env.pop("PYTHONPATH", None)  # a peer must not see Regraft's packages
     env.update(environment or {})
     shown = shlex.join([Path(command[0]).name, *map(str, command[1:2])])
+    if _told_to_end.is_set():
+        raise TurnFailed(f"{shown}: not begun, the measurement was told to end")
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True
     )
+    _under_way.add(process)
     try:
+        if _told_to_end.is_set():  # while it was started
+            _kill(process)
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         raise TurnFailed(f"{shown}: still running after {timeout:.0f} s") from None
     finally:
         if process.poll() is None:
-            # The group: a compiler's workers must not go on and slow down the next turn.
-            os.killpg(process.pid, signal.SIGKILL)
+            _kill(process)
             process.communicate()
+        _under_way.discard(process)
     if process.returncode:
         raise TurnFailed(f"{shown}: exit code {process.returncode}\n{(err or out)[-3000:]}")
     return out

@@ -14,7 +14,6 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from harness import (
     arguments,
     publish,
     published_with,
+    side_by_side,
     threads_of,
     turn,
 )
@@ -95,12 +95,7 @@ def main() -> None:
         print(f"{name} seed {seed}: {measured(name, seed, options).value:.2f}", file=sys.stderr, flush=True)
 
     every = [(name, seed) for seed in seeds for name in names]
-    if options.at_once == 1:
-        for what in every:
-            one(what)
-    else:
-        with ThreadPoolExecutor(options.at_once) as pool:
-            list(pool.map(one, every))
+    side_by_side(one, every, options.at_once)
     runs = [earlier(name, seed, options) for name in CASES for seed in sorted({0, 1, 2, *seeds})]
     known = [run for run in runs if run is not None]
     settings = {run.case: configuration(run.case, 0, options) for run in known}

@@ -172,6 +172,36 @@ def test_a_measurement_that_is_told_to_end_takes_its_turn_along(tmp_path: Path) 
         measurement.kill()
 
 
+def test_a_measurement_of_turns_side_by_side_that_is_told_to_end_begins_no_other(tmp_path: Path) -> None:
+    inner = script(
+        tmp_path,
+        "import json, os, sys, time\n"
+        f"open({str(tmp_path)!r} + f'/turn-{{json.loads(sys.argv[1])[\"n\"]}}', 'w').write(str(os.getpid()))\ntime.sleep(300)",
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(BENCH)!r})\nimport harness\nharness.arguments('x', rounds=1)\n"
+        f"go = lambda n: harness.turn(sys.executable, {inner!r}, {{'n': n}}, threads=1)\nharness.side_by_side(go, range(4), 2)"
+    )
+    measurement = subprocess.Popen([sys.executable, "-c", code])
+    turns = [tmp_path / f"turn-{n}" for n in range(4)]
+    try:
+        wait_for(lambda: all(turn.exists() and turn.read_text() for turn in turns[:2]))
+        measurement.terminate()
+        assert measurement.wait(20) == 143
+        wait_for(lambda: all(gone(int(turn.read_text())) for turn in turns[:2]))
+        assert not turns[2].exists() and not turns[3].exists()
+    finally:
+        measurement.kill()
+
+
+def test_what_is_done_side_by_side_comes_in_its_order() -> None:
+    def slow_at_first(n: int) -> int:
+        time.sleep(0.2 if n == 0 else 0.0)
+        return 10 * n
+
+    assert [harness.side_by_side(slow_at_first, range(4), n) for n in (1, 3)] == [[0, 10, 20, 30]] * 2
+
+
 def test_a_peer_does_not_see_our_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "ENVIRONMENTS", tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "ours"))
