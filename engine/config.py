@@ -168,7 +168,7 @@ class EarlyStopping(Section):
 class TrainingConfig(MachineSettings):
     """How it is learned; how fast is said by what it is built on, which changes no result beyond rounding."""
 
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(5e-5, gt=0, description="left out: what suits the method")
     batch_size: int = Field(32, ge=1, description="sequences an optimizer step, over all processes")
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="ends training before `epochs` are over")

@@ -5,8 +5,9 @@
 
 Shape: x [T, D] in the order of time_major.py, W [4 H, D], U [4 H, H], b [4 H] -> h [T, H], from zeros.
 x W^T, dx, dW and dU are one product each over all T rows; only h U^T, and dz U on the way back, go step by step: in C where
-there is a compiler (lstm_native.py). torch's own on a CPU takes each step of a padded batch through a dozen operators, and in the backward adds to dW and dU in
-every one. 8 T H (D + H) FLOPs forward, twice that back; kept for the backward: 7 numbers a unit and row.
+there is a compiler (lstm_native.py). torch's own on a CPU takes each step of a padded batch through a dozen operators, and in
+the backward adds to dW and dU in every one. 8 T H (D + H) FLOPs forward, twice that back; kept for the backward: 7 numbers a
+unit and row.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def lstm(x: Tensor, weight: Tensor, recurrence: Tensor, bias: Tensor, order: Tim
         spare = lstm_native.padded(hidden) - hidden if lstm_native.runs_here(x, recurrence) else 0
         if not spare:
             return _Lstm.apply(x, weight, recurrence, bias, order)
-        # units of 0 weights and bias stay at 0
+        # units of 0 weights and bias stay at 0 (as long as x is finite)
         weight = pad(weight.view(4, hidden, -1), (0, 0, 0, spare)).flatten(0, 1)
         recurrence = pad(recurrence.view(4, hidden, hidden), (0, spare, 0, spare)).flatten(0, 1)
         bias = pad(bias.view(4, hidden), (0, spare)).flatten()

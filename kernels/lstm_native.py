@@ -2,8 +2,8 @@
 
     z_t += h_{t-1} U^T,   then gates, cells and states as lstm.py says
 
-Shape: z [T, 4 W] in the order of time_major.py, U [4 W, W] -> h, c, tanh(c) [T, W], and z becomes the gates; back: their gradient
-[T, W] -> of z before it [T, 4 W]. All fp32; W a multiple of 16. 8 T W^2 FLOPs each way.
+Shape: z [T, 4 H] in the order of time_major.py, U [4 H, H] -> h, c, tanh(c) [T, H], and z becomes the gates; back: their gradient
+[T, H] -> of z before it [T, 4 H]. All fp32; H a multiple of 16. 8 T H^2 FLOPs each way.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def runs_here(x: Tensor, recurrence: Tensor) -> bool:
 
 
 def padded(hidden: int) -> int:
-    """W: how many units C computes where `hidden` are asked for; what is beyond is to be 0."""
+    """How many units C computes where `hidden` are asked for; what is beyond is to be 0."""
     return -(-hidden // SIDE) * SIDE
 
 
 def forward(gates: Tensor, recurrence: Tensor, order: TimeMajor) -> tuple[Tensor, Tensor, Tensor]:
-    """States, cells and tanh of the cells, [T, W] each; `gates`, which come in as x W^T + b, become what they are called.
+    """States, cells and tanh of the cells, [T, H] each; `gates`, which come in as x W^T + b, become what they are called.
 
-    Shape: gates [T, 4 W], recurrence [4 W, W]. Raises ValueError where one has another shape or type.
+    Shape: gates [T, 4 H], recurrence [4 H, H]. Raises ValueError where one has another shape or type.
     """
     wide = recurrence.shape[1]
     _expect(recurrence, wide)
@@ -58,7 +58,7 @@ def forward(gates: Tensor, recurrence: Tensor, order: TimeMajor) -> tuple[Tensor
 def backward(
     grad: Tensor, gates: Tensor, cells: Tensor, curved: Tensor, recurrence: Tensor, order: TimeMajor
 ) -> Tensor:
-    """Gradient of x W^T + b, [T, 4 W], by that of the states, [T, W], and what `forward` gave.
+    """Gradient of x W^T + b, [T, 4 H], by that of the states, [T, H], and what `forward` gave.
 
     Raises ValueError where one has another shape or type.
     """

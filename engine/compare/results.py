@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SURE = 2.0  # standard errors
+NEAR = 10  # times the rows
 SHARES_OF_ROWS = frozenset({"accuracy", "subset_accuracy", "exact_match"})
 
 
 @dataclass
 class Result:
-    """One way's points, as its worker told them. `why`: why there are none, else ''; `needs`: the seconds that all rows would
-    take, where that is why, else 0. `folds`: whether the points of all
-    rows held out other rows each, instead of having other seeds; `seeded`: whether another seed gives another figure."""
+    """One way's points, as its worker told them. `why`: why there are none, else ''; `needs`: where time was what all rows
+    lacked, the seconds they would take at the least. `folds`: whether the points of all rows held out other rows each, instead
+    of having other seeds; `seeded`: whether another seed gives another figure."""
 
     name: str
     title: str
@@ -25,7 +26,7 @@ class Result:
     why: str = ""
     folds: bool = False
     seeded: bool = True
-    needs: float = 0.0
+    needs: float | None = None
 
     def values(self, metric: str, share: float = 1.0) -> list[float]:
         return [p["metrics"][metric] for p in self.points if p["share"] == share and metric in p["metrics"]]
@@ -164,9 +165,9 @@ def _times(a: Result, b: Result) -> str:
 
 
 def _hunger(result: Result, metric: str, greater_is_better: bool, unit: Unit) -> str:
-    # What four times the rows brought says what more rows would bring.
+    # What four times the rows brought says what more rows would bring; what a hundred times did says nothing of it.
     shares = sorted({p["share"] for p in result.points})
-    if len(shares) < 2:
+    if len(shares) < 2 or shares[-1] > NEAR * shares[-2]:
         return ""
     fewer = result.mean(metric, shares[-2])
     change = result.mean(metric) - fewer

@@ -16,6 +16,7 @@ from regraft.engine.config import RunConfig
 from regraft.engine.figures import figure
 
 SHARES = (0.01, 0.05, 0.25, 1.0)
+PATIENCE = 1.5  # of a turn: then a point that is under way is stopped
 Say = Callable[[str], None]
 
 
@@ -52,41 +53,42 @@ def compare(
     ):
         every = {"config": config.model_dump(mode="json", exclude_unset=True), "folder": scratch, "folds": folds}
 
-        def work(way: Way, result: Result, points: list[tuple[float, int]], until: float) -> None:
-            if points:
-                # What was begun in good time may take half as much again: killed, it would have taken it for nothing.
-                stopped = min(deadline, until + 0.5 * (until - time.time()))
-                job = every | {"way": way.name, "points": points, "deadline": until, "known": result.points}
-                _end(result, way, workers.do(job, stopped, lambda record: take(result, way, record)), say)
+        def work(way: Way, result: Result, points: list[tuple[float, int]], turn: float) -> None:
+            """`turn`: seconds in which points are begun."""
+            now = time.time()
+            if now >= deadline:
+                result.why = result.why or ("" if result.complete else "no time was left")
+            elif points:
+                stopped = min(deadline, now + PATIENCE * turn)
+                job = every | {"way": way.name, "points": points, "deadline": now + turn, "known": result.points}
+                ended = workers.do(job, stopped, lambda record: take(result, way, record))
+                _end(result, way, ended, stopped - now, "the budget" if stopped == deadline else "its turn", say)
 
         def in_turns(turns: list[tuple[Way, Result]], points: Callable[[Way], list[tuple[float, int]]]) -> None:
             for number, (way, result) in enumerate(turns):
-                work(way, result, points(way), time.time() + part_of_time(deadline - time.time(), len(turns) - number))
+                work(way, result, points(way), (deadline - time.time()) / (len(turns) - number))
 
         # The least share tells what all rows will take.
         in_turns(todo, lambda way: [(share, 0) for share in sorted({min(shares), 1.0} if way.curve else {1.0})])
-        waiting = [(way, result) for way, result in todo if result.needs]
-        for way, result in sorted(waiting, key=lambda pair: pair[1].needs):
-            work(way, result, [(1.0, 0)], deadline)
+        waiting = [(way, result, result.needs) for way, result in todo if result.needs is not None]
+        for way, result, needs in sorted(waiting, key=lambda one: one[2]):
+            left = deadline - time.time()
+            if left > needs:
+                work(way, result, [(1.0, 0)], left)
         between = sorted({*shares} - {min(shares), 1.0}, reverse=True)
         curves = [(way, result) for way, result in todo if way.curve and result.points]
         in_turns(curves, lambda way: [(share, 0) for share in between])
         again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
         for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
-            work(way, result, [(1.0, seed) for seed in range(1, folds or seeds)], deadline)
+            work(way, result, [(1.0, seed) for seed in range(1, folds or seeds)], deadline - time.time())
     return results
 
 
-def part_of_time(left: float, ways: int) -> float:
-    """Seconds that the next of `ways` may take of those that are left: half as much again as its share, so that those behind
-    it have time too. What it leaves is theirs, and in the end goes to more seeds."""
-    return left if ways == 1 else left * min(0.5, 1.5 / ways)
-
-
-def _end(result: Result, way: Way, ended: Ended, say: Say) -> None:
+def _end(result: Result, way: Way, ended: Ended, seconds: float, spent: str, say: Say) -> None:
     if ended.late:
-        say(f"{way.title}: stopped, the time was up")
-        result.why = result.why or ("" if result.complete else "stopped: the budget was used up")
+        say(f"{way.title}: stopped, {spent} was used up")
+        if not result.complete:
+            result.needs, result.why = seconds, f"stopped: {spent} was used up"
     elif ended.why:
         say(f"{way.title}: {ended.why}")
         result.why = result.why or ended.why
@@ -97,7 +99,7 @@ def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
         result.points.append(record)
         result.points.sort(key=lambda point: (point["share"], point["seed"]))
         if result.complete:
-            result.needs, result.why = 0.0, ""
+            result.needs, result.why = None, ""
         named = next(iter(record["metrics"].items()))
         say(
             f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {figure(named[1])}, "
@@ -108,10 +110,9 @@ def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
         say(f"{way.title}: {record['error']}")
     elif "needs" in record and record["share"] == 1.0 and not result.complete:
         needs = result.needs = record["needs"]
-        result.why = (
-            f"on all rows it would take about {needs:.0f} s, more than was left" if needs else "no time was left"
-        )
-        say(f"{way.title}: {result.why}")
+        about = f"on all rows it would take about {needs:.0f} s, more than "
+        result.why = about + "was left" if needs else "no time was left"
+        say(f"{way.title}: {about + 'its turn' if needs else result.why}")
     elif "memory_mb" in record and not result.memory_mb and (result.complete or not way.curve):
         # Of the process that had all rows first: what others imported in the meantime lies in those that are started later.
         result.memory_mb = record["memory_mb"]

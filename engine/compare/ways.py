@@ -53,7 +53,7 @@ OWN_HEAD = ("frozen", "contrastive", *WORD_METHODS, *BAG_METHODS)  # methods tha
 LEAST_STEPS = 60  # of a trained way: an epoch over 1% of the rows is no training
 EVALUATIONS = 5  # on the dev rows while so few steps are taken
 LOW_RANK = ("lora", "qlora", "int8")
-LOW_RANK_RATE = 20  # times that of the whole encoder: as many rows come to as much (tried on TREC-6 and SST-2)
+LOW_RANK_RATE = 20  # times that of the whole encoder: what suits the one, suits the other (tried on TREC-6 and SST-2)
 FEW_SHOT_ROWS = 64  # a class: beyond it pairs of rows teach no more than the rows themselves
 
 

@@ -2,8 +2,9 @@
 
     python -m regraft.engine.compare.worker PARENT
 
-Lines go to standard output: {"share", "seed", "wall_seconds", "rows", "held", "metrics", "train_seconds", "steps", "step_seconds" (median),
-"latency_ms", "mb"}, or {"share", "seed", "needs"} for what would not be done in time; then {"memory_mb"}.
+Lines go to standard output: {"share", "seed", "wall_seconds", "rows", "held", "metrics", "train_seconds", "prepare_seconds" (until
+the first step), "steps", "step_seconds" (median), "latency_ms", "mb"}, or {"share", "seed", "needs"} for what would not be
+done in time; then {"memory_mb"}.
 """
 
 from __future__ import annotations
@@ -78,17 +79,19 @@ def work(job: dict[str, Any]) -> int:
     folder = Path(job["folder"])
     known = list(job["known"])
 
-    def learned(share: float) -> float:
+    def at_hand(share: float) -> int:
         rows = max(1, round(share * len(splits["train"][0])))
-        if way.name == "contrastive":
-            rows = min(rows, FEW_SHOT_ROWS * len(task.labels))
-        return rows_learned(base, way, rows)
+        return min(rows, FEW_SHOT_ROWS * len(task.labels)) if way.name == "contrastive" else rows
 
+    def learned(share: float) -> float:
+        return rows_learned(base, way, at_hand(share))
+
+    keeps = way.settings.get("method") == "frozen"
     whole = 1.0 in (*(share for share, _ in job["points"]), *(point["share"] for point in known))
     for share, seed in job["points"]:
-        if share < 1.0 and whole and learned(share) == learned(1.0):
+        if share < 1.0 and whole and at_hand(share) == at_hand(1.0):
             continue  # a way for few rows has them all by now: the same again says nothing
-        needs = seconds_of(share, known, learned)
+        needs = seconds_of(share, known, learned, keeps)
         if time.time() + needs > job["deadline"]:
             _say({"share": share, "seed": seed, "needs": needs})
             continue
@@ -106,16 +109,21 @@ def work(job: dict[str, Any]) -> int:
     return 0
 
 
-def seconds_of(share: float, known: list[dict[str, Any]], learned: Callable[[float], float]) -> float:
-    """How long a point will take by those that are known, 0 where none is. `learned`: rows that training goes through, by share.
+def seconds_of(share: float, known: list[dict[str, Any]], learned: Callable[[float], float], keeps: bool) -> float:
+    """How long a point will take by those that are known, 0 where none is. `learned`: the rows that training steps through,
+    by share of the rows; `keeps`: whether features of new rows are computed before it.
 
-    Its steps grow with them (a model that is solved for has one step); starting, evaluating and timing do not.
+    Steps grow with what they step through (a model that is solved has one step); starting, evaluating and timing do not.
     """
     if not known:
         return 0.0
     like = min(known, key=lambda p: (p["share"] != share, -p["share"], p["wall_seconds"]))
-    stepping = like["steps"] * like["step_seconds"]
-    return like["wall_seconds"] + stepping * (learned(share) / learned(like["share"]) - 1)
+    stepping = like["steps"] * like["step_seconds"] * (learned(share) / learned(like["share"]) - 1)
+    prepared = min(p["prepare_seconds"] for p in known)
+    if keeps and share > like["share"]:
+        new = like["rows"] * (share / like["share"] - 1)
+        prepared += like["prepare_seconds"] * new / (like["rows"] + like["held"])
+    return like["wall_seconds"] - like["prepare_seconds"] + prepared + stepping
 
 
 def held_out(splits: dict, folds: int, fold: int) -> dict:
@@ -144,8 +152,9 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
     config = _on_files(wanted, task, rows, splits, here)
     from regraft.engine.training.run import train as train_run
 
-    steps: list[float] = []
-    result = train_run(config, quiet=True, on_step=lambda step: steps.append(step.seconds))
+    steps: list[tuple[float, float]] = []  # when each ended, and how long it took
+    began = time.perf_counter()
+    result = train_run(config, quiet=True, on_step=lambda step: steps.append((time.perf_counter(), step.seconds)))
     metrics = result.metrics["test" if "test" in splits else "dev"]
     latency = _latency(result.folder, held)
     size = sum(f.stat().st_size for f in (result.folder / "best").rglob("*") if f.is_file()) / 1e6
@@ -154,8 +163,9 @@ def point(base: RunConfig, way: Way, task: Task, splits: dict, share: float, see
         "held": len(held),
         "metrics": metrics,
         "train_seconds": result.seconds,
+        "prepare_seconds": steps[0][0] - steps[0][1] - began,
         "steps": len(steps),
-        "step_seconds": statistics.median(steps),
+        "step_seconds": statistics.median(seconds for _, seconds in steps),
         "latency_ms": latency,
         "mb": size,
     }
@@ -217,6 +227,7 @@ def _majority(task: Task, rows: Rows, targets: np.ndarray, held: Rows, held_targ
         "held": len(held),
         "metrics": metrics.compute(),
         "train_seconds": fitted.seconds,
+        "prepare_seconds": 0.0,
         "steps": 1,
         "step_seconds": fitted.seconds,
         "latency_ms": 1000 * statistics.median(times),
