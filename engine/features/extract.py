@@ -21,6 +21,7 @@ from regraft.engine.features.shard import write_shard
 from regraft.engine.features.sources import Source, Sources, keys_of
 from regraft.engine.features.spec import FeatureSpec, feature_spec, model_folder
 from regraft.engine.features.store import FeatureStore, not_written
+from regraft.engine.heap import FreedMemory
 from regraft.engine.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def features_of(
             sources = Sources(list(splits.values()))
             mine = _share(missing, sources, everyone)
             _compute(config, spec, tokenizer, store, sources, whole, mine, everyone, say, shown)
+            FreedMemory().give_back()  # the encoder's: a head needs a fraction of it
             everyone.wait()
         store.refresh()
     found = {name: FeatureRows(store, store.find(k)) for name, k in keys.items()}

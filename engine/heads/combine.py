@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,10 +63,19 @@ class Standardise(nn.Module):
         self.register_buffer("mean", torch.zeros(layers, hidden))
         self.register_buffer("scale", torch.ones(layers, hidden))
 
-    def fit(self, rows: Tensor) -> None:
-        """Take the figures of rows [N, J, H]."""
-        self.mean.copy_(rows.mean(dim=0))
-        spread = rows.std(dim=0, correction=0)
+    def fit(self, parts: Iterable[Tensor]) -> None:
+        """Take the figures of the rows of all parts, [N, J, H] each (pairwise, Chan, Golub and LeVeque 1983)."""
+        count, mean = 0, torch.zeros_like(self.mean, dtype=torch.float64)
+        squares = torch.zeros_like(mean)
+        for part in parts:
+            variance, here = torch.var_mean(part.double(), dim=0, correction=0)
+            whole = count + len(part)
+            away = here.to(mean.device) - mean
+            squares += variance.to(mean.device) * len(part) + away.square() * (count * len(part) / whole)
+            mean += away * (len(part) / whole)
+            count = whole
+        spread = (squares / count).sqrt()
+        self.mean.copy_(mean)
         self.scale.copy_(torch.where(spread > 1e-6, 1 / spread.clamp_min(1e-6), 1.0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ class ContrastiveRun(_Run):
         self.model.bare = True
         rows = self.encoded(train.store)
         if self.head.kind not in ON_THE_SPHERE:
-            self.head.standardise.fit(rows)
+            self.head.standardise.fit([rows])
         self.head.cpu()
         fit(self.head, rows, np.asarray(train.targets), train.weights, task, self.config.head)
         self.head.to(self.accelerator.device)

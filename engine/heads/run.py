@@ -33,6 +33,7 @@ from regraft.engine.training.setup import Prepared, set_threads
 
 STANDARDISED_ON = 4096  # rows
 CELLS = 65_536  # tokens of one micro-batch of token features
+CELLS_OF_A_PART = 4096  # rows or tokens of which the figures are taken at a time
 
 
 class FrozenRun(_Run):
@@ -109,7 +110,9 @@ class FrozenRun(_Run):
             some = np.sort(draw.choice(len(some), STANDARDISED_ON, replace=False))
         if not features.pooled:
             some = some[: max(1, int(STANDARDISED_ON * 16 / max(1.0, float(features.lengths.mean()))))]
-        head.standardise.fit(features.batch(some).features)
+        size = len(some) if features.pooled else int(features.lengths[some].sum())
+        parts = np.array_split(some, -(-size // CELLS_OF_A_PART))
+        head.standardise.fit(features.batch(part).features for part in parts)
 
     def take_step(self) -> None:
         if self.fitted:

@@ -18,7 +18,7 @@ from regraft.engine.export import export_bundle
 from regraft.engine.features.rows import FeatureBatch
 from regraft.engine.figures import figure
 from regraft.engine.heads.bodies import AttentionPooling, BiLSTM, Convolutions
-from regraft.engine.heads.combine import ScalarMix
+from regraft.engine.heads.combine import ScalarMix, Standardise
 from regraft.engine.heads.head import build_head
 from regraft.engine.heads.settings import HeadConfig
 from regraft.engine.predict import predict
@@ -54,6 +54,18 @@ def test_the_scalar_mix_is_elmos_formula():
     expected = 1.7 * (x * share[None, :, None]).sum(1)
     assert np.allclose(mix.double()(hidden).detach().numpy(), expected, atol=1e-6)
     assert mix.shares() == pytest.approx(share, abs=1e-6)
+
+
+def test_rows_are_standardised_by_all_parts_together():
+    rows = torch.randn(1000, 2, 5) * torch.tensor([1e-3, 1.0, 1e2, 1.0, 1.0]) + torch.tensor([0.0, 1e3, 5.0, -1.0, 0.0])
+    rows[..., 4] = 0.3  # says nothing, and is not blown up
+    standardise = Standardise(2, 5)
+    standardise.fit(rows.split([1, 700, 299]))
+    exact = rows.double()
+    assert torch.allclose(standardise.mean.double(), exact.mean(0), rtol=1e-6, atol=1e-9)
+    spread = exact.std(0, correction=0)
+    assert torch.allclose(standardise.scale[:, :4].double(), 1 / spread[:, :4], rtol=1e-6)
+    assert torch.equal(standardise.scale[:, 4], torch.ones(2))
 
 
 def test_the_bilstm_is_torchs_own_over_packed_sequences():
