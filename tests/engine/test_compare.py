@@ -255,7 +255,7 @@ def test_the_budget_is_kept(make_config, tmp_path):
     began = time.monotonic()
     (slow,) = compare(config, ("full",), budget=15.0, seeds=1, shares=[1.0])
     assert time.monotonic() - began < 30
-    assert slow.why in ("stopped: the budget was used up", "no time was left")  # the latter where starting took it all
+    assert "stopped" in slow.why
     assert not slow.complete
 
 

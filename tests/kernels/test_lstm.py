@@ -96,6 +96,33 @@ def test_the_recurrence_gives_the_same_bits_for_any_number_of_threads():
 
 
 @in_c
+def test_the_same_bits_for_any_number_of_threads_and_any_company():
+    module, lengths = drawn(24, 40), LENGTHS["more than a piece"]
+    order, x, dy = ordered(lengths), torch.randn(sum(lengths), 24), torch.randn(sum(lengths), 40)
+    parts = [w.detach().requires_grad_() for w in parameters(module)]
+    index, back = torch.from_numpy(order.rows), torch.from_numpy(order.place)
+
+    def run() -> list[Tensor]:
+        states = lstm(x[index], *parts, order)[back]
+        return [states, *torch.autograd.grad(states, parts, dy)]
+
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+    for rows, together in zip(x.split(lengths), found[0][0].split(lengths), strict=True):
+        # the same product of all rows stands before both: what it rounds is torch's own
+        alone = lstm(rows, *parts, ordered([len(rows)]))
+        assert (alone - together).abs().max() <= 1e-6
+
+
+@in_c
 def test_the_recurrence_gives_a_sequence_the_same_bits_in_any_company():
     lengths = LENGTHS["more than a piece"]
     order, recurrence = ordered(lengths), torch.randn(4 * 48, 48) * 0.2
