@@ -2,8 +2,9 @@
 
 The comparison measures every way there is; its table and curves are kept as results/compare_trec6.json. Few-shot: k rows a class,
 the same rows and encoder for both, accuracy on the same test rows and seconds of training. SetFit runs with its own defaults
-(20 pairs a row and kind, one epoch, batch 16). A split that was measured with the same settings is not measured again
-(`--restart` does), and with `--only` the other part stays as it was published.
+(20 pairs a row and kind, one epoch, batch 16). A split that was measured with the same settings is taken from
+bench/.data/fewshot/ or from the published result (`--restart` measures it again), and with `--only` the other part stays
+as it was published.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from harness import (
     TurnFailed,
     arguments,
     publish,
-    published_runs,
+    published_cases,
+    published_with,
     run,
     side_by_side,
     threads_of,
@@ -38,6 +40,7 @@ from harness import (
 )
 
 CLAIM = Claim("compare", "The comparison in its budget; few rows a class against SetFit", "see case")
+PUBLISHED = RESULTS / "compare.json"
 PEER = "setfit"
 MINUTES, WAYS = "regraft compare on TREC-6, minutes", "regraft compare on TREC-6, ways measured"
 ACCURACY, SECONDS = "few-shot accuracy, points", "few-shot training, runs an hour"
@@ -68,9 +71,10 @@ def main() -> None:
     if options.only != "compare":
         runs += few_shot(options)
         found[PEER] = versions(peer_python("setfit"), ("setfit", "sentence-transformers", "torch", "transformers"))
+    kept_cases = {}
     if options.only is not None and not options.quick:
-        runs += published_runs(options.out or RESULTS / "compare.json", without=[run.case for run in runs])
-    publish(CLAIM, runs, options, versions=found, targets=targets, before=before)
+        kept_cases = published_cases(options.out or PUBLISHED, without=[run.case for run in runs])
+    publish(CLAIM, runs, options, versions=found, targets=targets, before=before, kept=kept_cases)
 
 
 def comparison(options: argparse.Namespace) -> list[Run]:
@@ -144,14 +148,18 @@ def kept(
     who: str, go: Callable[..., dict[str, Any]], files: Mapping[str, Any], number: int, options: argparse.Namespace
 ) -> dict[str, Any]:
     """What a side reached on a split: kept from before, or measured now."""
-    place = (
-        WORK / "fewshot" / f"{who}-{options.shots}-{options.test_rows}-{number}{'-quick' if options.quick else ''}.json"
-    )
+    settings = f"{who}-{options.shots}-{options.test_rows}-{number}{'-quick' if options.quick else ''}"
+    place = WORK / "fewshot" / f"{settings}.json"
     if options.restart or not place.is_file():
+        published = [] if options.restart else published_with(options.out or PUBLISHED, settings)
+        if published:
+            return published[0].details
         about = {
+            "settings": settings,
             "commit": our_versions().get("commit", ""),
             "threads": threads_of(options),
             "alone": options.at_once == 1,
+            "cpu": machine.facts()["cpu"],
         }
         found = go(files, number, options) | about
         beside = place.with_suffix(".tmp")

@@ -30,7 +30,7 @@ from harness import (
     TurnFailed,
     arguments,
     publish,
-    published_runs,
+    published_cases,
     run,
     take_turns,
     turn,
@@ -68,12 +68,13 @@ def main() -> None:
         runs += storage(options)
     if "epoch" in parts:
         runs += epochs(options)
+    kept = {}
     if options.only is not None and not options.quick:
-        runs += published_runs(options.out or RESULTS / "features.json", without=[run.case for run in runs])
+        kept = published_cases(options.out or RESULTS / "features.json", without=[run.case for run in runs])
     found = {"regraft": our_versions()}
     peer = peer_python("sentence_transformers")
     found[PEER] = versions(peer, ("sentence-transformers", "torch", "transformers", "numpy"))
-    publish(CLAIM, runs, options, versions=found, targets=targets, before=before)
+    publish(CLAIM, runs, options, versions=found, targets=targets, before=before, kept=kept)
 
 
 def extraction(name: str, rows: list[sources.Row], options: argparse.Namespace) -> list[Run]:

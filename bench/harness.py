@@ -300,19 +300,9 @@ def publish(
     return result
 
 
-def published_runs(path: Path, *, without: Sequence[str]) -> list[Run]:
-    """Runs of an earlier, not quick, result, of the cases that are not among `without`: what a command that measures one
-    part adds its figures to."""
-    if not path.is_file():
-        return []
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result.get("quick"):
-        return []
-    return [Run(**run) for case, summary in result["cases"].items() if case not in without for run in summary["runs"]]
-
-
 def published_cases(path: Path, *, without: Sequence[str]) -> dict[str, Any]:
-    """Cases of an earlier, not quick, result, each with when, how and of what it was measured."""
+    """Cases of an earlier, not quick, result that are not among `without`, each with when, how and of what it was measured:
+    what a command that measures one part adds its figures to."""
     if not path.is_file():
         return {}
     result = json.loads(path.read_text(encoding="utf-8"))

@@ -410,6 +410,34 @@ def test_a_model_that_was_scored_is_not_trained_again(tmp_path: Path, monkeypatc
         assert quality.work_folder("rte", "regraft", 0, changed).with_suffix(".json") != kept, what
 
 
+def test_a_few_shot_split_that_was_published_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "WORK", tmp_path)
+    (tmp_path / "fewshot").mkdir()
+    asked: list[int] = []
+
+    def go(files: Any, number: int, options: Any) -> dict[str, Any]:
+        asked.append(number)
+        return {"accuracy": 0.5, "seconds": 9.0}
+
+    options = options_of(
+        quick=False, shots=8, test_rows=1000, at_once=2, restart=False, out=tmp_path / "published.json"
+    )
+    found = comparison.kept("setfit", go, {}, 3, options)
+    assert (found["accuracy"], found["alone"], asked) == (0.5, False, [3])
+    run = harness.Run(comparison.ACCURACY, "setfit", 3, 50.0, found)
+    (tmp_path / "fewshot" / f"{found['settings']}.json").unlink()
+    options.out.write_text(json.dumps({"cases": {run.case: {"runs": [asdict(run)]}}}), encoding="utf-8")
+    assert comparison.kept("setfit", go, {}, 3, options) == found
+    assert asked == [3]
+    for change in ({"shots": 16}, {"test_rows": 500}, {"restart": True}):
+        comparison.kept("setfit", go, {}, 3, argparse.Namespace(**{**vars(options), **change}))
+    comparison.kept("regraft", go, {}, 3, options)
+    comparison.kept("setfit", go, {}, 4, options)
+    assert asked == [3, 3, 3, 3, 3, 4]
+
+
 @needs_data
 @pytest.mark.parametrize("name", sorted(sources.SOURCES))
 def test_two_readers_read_the_same_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
