@@ -18,6 +18,8 @@ from regraft.engine.figures import figure
 SHARES = (0.01, 0.05, 0.25, 1.0)
 PATIENCE = 1.5  # of a turn: then a point that is under way is stopped
 Say = Callable[[str], None]
+Turn = tuple[Way, Result]
+Points = list[tuple[float, int]]  # share of the rows, seed
 
 
 def compare(
@@ -40,79 +42,89 @@ def compare(
     for way, why in ways:
         if why:
             say(f"{way.title}: left out: {why}")
-
-    def take(result: Result, way: Way, record: dict[str, Any]) -> None:
-        _take(result, way, record, say)
-        if "metrics" in record:
-            measured(results)
-
+    least, between = min(shares), sorted({*shares} - {min(shares), 1.0}, reverse=True)
     # What a worker that is being killed still writes must not hide why it is killed.
     with (
         tempfile.TemporaryDirectory(prefix="regraft-compare-", ignore_cleanup_errors=True) as scratch,
         Workers(Path(scratch)) as workers,
     ):
-        every = {"config": config.model_dump(mode="json", exclude_unset=True), "folder": scratch, "folds": folds}
-
-        def work(way: Way, result: Result, points: list[tuple[float, int]], turn: float) -> None:
-            """`turn`: seconds in which points are begun."""
-            now = time.time()
-            if now >= deadline:
-                result.why = result.why or ("" if result.complete else "no time was left")
-            elif points:
-                stopped = min(deadline, now + PATIENCE * turn)
-                job = every | {"way": way.name, "points": points, "deadline": now + turn, "known": result.points}
-                ended = workers.do(job, stopped, lambda record: take(result, way, record))
-                _end(result, way, ended, stopped - now, "the budget" if stopped == deadline else "its turn", say)
-
-        def in_turns(turns: list[tuple[Way, Result]], points: Callable[[Way], list[tuple[float, int]]]) -> None:
-            for number, (way, result) in enumerate(turns):
-                work(way, result, points(way), (deadline - time.time()) / (len(turns) - number))
-
+        job = {"config": config.model_dump(mode="json", exclude_unset=True), "folder": scratch, "folds": folds}
+        schedule = _Schedule(workers, job, deadline, say, lambda: measured(results))
         # The least share tells what all rows will take.
-        in_turns(todo, lambda way: [(share, 0) for share in sorted({min(shares), 1.0} if way.curve else {1.0})])
-        waiting = [(way, result, result.needs) for way, result in todo if result.needs is not None]
-        for way, result, needs in sorted(waiting, key=lambda one: one[2]):
-            left = deadline - time.time()
-            if left > needs:
-                work(way, result, [(1.0, 0)], left)
-        between = sorted({*shares} - {min(shares), 1.0}, reverse=True)
+        schedule.in_turns(todo, lambda way: [(share, 0) for share in sorted({least, 1.0} if way.curve else {1.0})])
+        schedule.those_that_wait(todo)
         curves = [(way, result) for way, result in todo if way.curve and result.points]
-        in_turns(curves, lambda way: [(share, 0) for share in between])
+        schedule.in_turns(curves, lambda way: [(share, 0) for share in between])
         again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
         for way, result in sorted(again, key=lambda pair: pair[1].median("wall_seconds")):
-            work(way, result, [(1.0, seed) for seed in range(1, folds or seeds)], deadline - time.time())
+            schedule.measure(way, result, [(1.0, seed) for seed in range(1, folds or seeds)], schedule.left)
     return results
 
 
-def _end(result: Result, way: Way, ended: Ended, seconds: float, spent: str, say: Say) -> None:
-    if ended.late:
-        say(f"{way.title}: stopped, {spent} was used up")
-        if not result.complete:
-            result.needs, result.why = seconds, f"stopped: {spent} was used up"
-    elif ended.why:
-        say(f"{way.title}: {ended.why}")
-        result.why = result.why or ended.why
+class _Schedule:
+    """Who has how much of what is left of the budget, and what becomes of the figures."""
 
+    def __init__(
+        self, workers: Workers, job: dict[str, Any], deadline: float, say: Say, measured: Callable[[], object]
+    ) -> None:
+        self.workers, self.job, self.deadline, self.say, self.measured = workers, job, deadline, say, measured
 
-def _take(result: Result, way: Way, record: dict[str, Any], say: Say) -> None:
-    if "metrics" in record:
-        result.points.append(record)
-        result.points.sort(key=lambda point: (point["share"], point["seed"]))
-        if result.complete:
-            result.needs, result.why = None, ""
-        named = next(iter(record["metrics"].items()))
-        say(
-            f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {figure(named[1])}, "
-            f"trained in {record['train_seconds']:.1f} s"
-        )
-    elif "error" in record:
-        result.why = record["error"]
-        say(f"{way.title}: {record['error']}")
-    elif "needs" in record and record["share"] == 1.0 and not result.complete:
-        needs = result.needs = record["needs"]
-        about = f"on all rows it would take about {needs:.0f} s, more than "
-        result.why = about + "was left" if needs else "no time was left"
-        say(f"{way.title}: {about + 'its turn' if needs else result.why}")
-    elif "memory_mb" in record and not result.memory_mb and (result.complete or not way.curve):
-        # Of the process that had all rows first: what others imported in the meantime lies in those that are started later.
-        result.memory_mb = record["memory_mb"]
+    @property
+    def left(self) -> float:
+        return self.deadline - time.time()
+
+    def in_turns(self, turns: Sequence[Turn], points: Callable[[Way], Points]) -> None:
+        """Each has an equal part of what those before it have left."""
+        for number, (way, result) in enumerate(turns):
+            self.measure(way, result, points(way), self.left / (len(turns) - number))
+
+    def those_that_wait(self, turns: Sequence[Turn]) -> None:
+        """Ways whose turn was too short for all rows: the shortest first, with all the time there is."""
+        waiting = [(way, result, result.needs) for way, result in turns if result.needs is not None]
+        for way, result, needs in sorted(waiting, key=lambda one: one[2]):
+            if self.left > needs:
+                self.measure(way, result, [(1.0, 0)], self.left)
+
+    def measure(self, way: Way, result: Result, points: Points, turn: float) -> None:
+        """`turn`: seconds in which points are begun."""
+        now = time.time()
+        if now >= self.deadline:
+            result.why = result.why or ("" if result.complete else "no time was left")
+        elif points:
+            stopped = min(self.deadline, now + PATIENCE * turn)
+            job = self.job | {"way": way.name, "points": points, "deadline": now + turn, "known": result.points}
+            ended = self.workers.do(job, stopped, lambda record: self._take(way, result, record))
+            self._end(way, result, ended, stopped - now, "the budget" if stopped == self.deadline else "its turn")
+
+    def _end(self, way: Way, result: Result, ended: Ended, seconds: float, spent: str) -> None:
+        if ended.late:
+            self.say(f"{way.title}: stopped, {spent} was used up")
+            if not result.complete:
+                result.needs, result.why = seconds, f"stopped: {spent} was used up"
+        elif ended.why:
+            self.say(f"{way.title}: {ended.why}")
+            result.why = result.why or ended.why
+
+    def _take(self, way: Way, result: Result, record: dict[str, Any]) -> None:
+        if "metrics" in record:
+            result.points.append(record)
+            result.points.sort(key=lambda point: (point["share"], point["seed"]))
+            if result.complete:
+                result.needs, result.why = None, ""
+            named = next(iter(record["metrics"].items()))
+            self.say(
+                f"{way.title}: {record['rows']:,} rows, seed {record['seed']}: {named[0]} {figure(named[1])}, "
+                f"trained in {record['train_seconds']:.1f} s"
+            )
+            self.measured()
+        elif "error" in record:
+            result.why = record["error"]
+            self.say(f"{way.title}: {record['error']}")
+        elif "needs" in record and record["share"] == 1.0 and not result.complete:
+            needs = result.needs = record["needs"]
+            about = f"on all rows it would take about {needs:.0f} s, more than "
+            result.why = about + "was left" if needs else "no time was left"
+            self.say(f"{way.title}: {about + 'its turn' if needs else result.why}")
+        elif "memory_mb" in record and not result.memory_mb and (result.complete or not way.curve):
+            # Of the process that had all rows first: what others imported meanwhile lies in those that are started later.
+            result.memory_mb = record["memory_mb"]
