@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import random
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterator
@@ -20,8 +21,11 @@ from harness import WORK
 
 ADAPTED, HELD_OUT = 10_000, 500  # unlabelled reviews to go on with, and to judge by
 LABELLED, DEV, TEST = 1000, 500, 5000  # labelled reviews
+RATED, RATED_TEST = 3000, 2000  # labelled reviews whose stars count
+ASKED, ASKED_DEV, ASKED_TEST = 4000, 400, 2000  # questions, for which of a paragraph's sentences answers them
 LAW_CHARACTERS, LAW_DEV = 8_000_000, 60  # Chinese text, and documents held out of it
 A_DOCUMENT = 8  # lines of news that make a document
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z0-9\"'(])")
 QUICK = 40
 
 
@@ -57,6 +61,47 @@ def reviews_labelled(quick: bool) -> dict[str, str]:
     if quick:
         parts = {name: rows[:QUICK] for name, rows in parts.items()}
     return {name: _rows(f"imdb-labelled-{name}", rows, quick) for name, rows in parts.items()}
+
+
+def reviews_rated(quick: bool) -> dict[str, str]:
+    """Labelled reviews with the stars that came with them: 1 to 4 and 7 to 10."""
+    archive, parts = "imdb/aclImdb-labelled.tar.gz", {}
+    train, test = (
+        [{**r, "label": stars} for label in ("pos", "neg") for r, stars in _rated(archive, s, label)]
+        for s in ("train", "test")
+    )
+    for some in (train, test):
+        random.Random(0).shuffle(some)
+    parts = {"train": train[:RATED], "dev": train[RATED : RATED + DEV], "test": test[:RATED_TEST]}
+    if quick:
+        parts = {name: rows[:QUICK] for name, rows in parts.items()}
+    return {name: _rows(f"imdb-rated-{name}", rows, quick) for name, rows in parts.items()}
+
+
+def answering_sentences(quick: bool) -> dict[str, str]:
+    """SQuAD 1.1 as a choice: a question, and the sentences of its paragraph, one of which holds the answer. Articles are
+    held out whole."""
+    whole = json.loads(_text("squad1/train-part-du-test.json.gz"))["data"]
+    test = json.loads(_text("squad1/dev-v1.1.json.gz"))["data"]
+    parts = {"train": (whole[2:], ASKED), "dev": (whole[:2], ASKED_DEV), "test": (test, ASKED_TEST)}
+    found = {}
+    for name, (articles, count) in parts.items():
+        rows = [row for article in articles for row in _choices(article)]
+        random.Random(0).shuffle(rows)
+        found[name] = _rows(f"squad-sentences-{name}", rows[: QUICK if quick else count], quick)
+    return found
+
+
+def _choices(article: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for paragraph in article["paragraphs"]:
+        ends = [m.start() for m in SENTENCE.finditer(paragraph["context"])]
+        spans = list(zip([0, *ends], [*ends, len(paragraph["context"])], strict=True))
+        sentences = [paragraph["context"][start:end].strip() for start, end in spans]
+        for item in paragraph["qas"]:
+            first, text = item["answers"][0]["answer_start"], item["answers"][0]["text"]
+            right = [n for n, (start, end) in enumerate(spans) if start <= first and first + len(text) <= end]
+            if len(sentences) > 1 and right and len(set(sentences)) == len(sentences):
+                yield {"text": item["question"], "choices": sentences, "label": right[0]}
 
 
 def chinese_texts(quick: bool) -> dict[str, str]:
@@ -166,6 +211,12 @@ def running_text(quick: bool) -> dict[str, str]:
 
 
 def _reviews(archive: str, split: str, kind: str) -> Iterator[dict[str, str]]:
+    for row, _ in _rated(archive, split, kind):
+        yield row
+
+
+def _rated(archive: str, split: str, kind: str) -> Iterator[tuple[dict[str, str], int]]:
+    """Reviews, and their stars, which are the last part of a file's name."""
     with tarfile.open(sources.data_root() / archive) as opened:
         for member in opened:
             parts = member.name.split("/")
@@ -173,7 +224,8 @@ def _reviews(archive: str, split: str, kind: str) -> Iterator[dict[str, str]]:
                 file = opened.extractfile(member)
                 if file is not None:
                     text = file.read().decode("utf-8").replace("<br />", "\n")
-                    yield {"text": text} if kind == "unsup" else {"text": text, "label": kind}
+                    stars = int(Path(parts[3]).stem.rpartition("_")[2])
+                    yield {"text": text} if kind == "unsup" else {"text": text, "label": kind}, stars
 
 
 def _text(name: str) -> str:

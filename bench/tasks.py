@@ -99,6 +99,8 @@ EWT = {split: f"ud-en-ewt/en_ewt-ud-{split}.conllu.gz" for split in ("train", "d
 LABEL = {"learning_rate": 3e-4, "batch_size": 32}
 ANSWER = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 3}
 REVIEWS = {"learning_rate": 5e-5, "batch_size": 16, "epochs": 5}
+RATED = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 3}
+CHOICE = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 2}
 CONLL = {"format": "conll"}
 ON_REVIEWS = {"learning_rate": 2e-4, "head_learning_rate": 1e-3, "batch_size": 32, "epochs": 3}
 
@@ -128,6 +130,9 @@ LEARNINGS: dict[str, Learning | Example] = {
     "imdb-1000-adapted": Learning(
         {"type": "classification"}, task_rows.reviews_labelled, REVIEWS, {"max_length": 256}, encoder="imdb-adapted"
     ),
+    "imdb-stars": Learning({"type": "ordinal"}, task_rows.reviews_rated, RATED, {"max_length": 256}),
+    "imdb-stars-classes": Learning({"type": "classification"}, task_rows.reviews_rated, RATED, {"max_length": 256}),
+    "squad-sentences": Learning({"type": "choice"}, task_rows.answering_sentences, CHOICE, {"max_length": 128}),
     "zh-pretrained": Learning(
         {"type": "mlm", "sentences": "nsp"},
         task_rows.chinese_texts,
@@ -178,6 +183,11 @@ CASES = {
         {OURS: Figure("imdb-1000-adapted", "accuracy"), "regraft-plain": Figure("imdb-1000", "accuracy")},
         beats={"regraft-plain": 0.0},
     ),
+    "imdb-stars": Case({OURS: Figure("imdb-stars", "quadratic_kappa")}),
+    "imdb-stars-exact": Case(
+        {OURS: Figure("imdb-stars", "accuracy"), "regraft-classes": Figure("imdb-stars-classes", "accuracy")}
+    ),
+    "squad-sentence": Case({OURS: Figure("squad-sentences", "accuracy")}),
     "zh-words": Case(
         {
             OURS: Figure("zh-pretrained", "accuracy", "dev"),
