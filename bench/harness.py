@@ -321,6 +321,12 @@ def published_with(path: Path, settings: str) -> list[Run]:
     return [Run(**run) for run in runs if run["details"].get("settings") == settings]
 
 
+def each_precision(options: argparse.Namespace) -> list[argparse.Namespace]:
+    """The options in their own precision, then in the others: what a case counts as measured with until it is measured anew."""
+    others = [some for some in machine.PRECISIONS if some != options.precision]
+    return [argparse.Namespace(**vars(options) | {"precision": some}) for some in (options.precision, *others)]
+
+
 def command_line() -> str:
     """The command as it is typed in the repository root."""
     script = Path(sys.argv[0]).resolve()

@@ -57,6 +57,14 @@ def cpu_flags() -> list[str]:
     return [flag for flag in FLAGS if flag in found]
 
 
+PRECISIONS = ("fp32", "bf16")
+
+
+def precision() -> str:
+    """What a measurement computes in here where nothing is said."""
+    return "bf16" if has_fast_bf16() else "fp32"
+
+
 def has_fast_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(cpu_flags()))
 

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import machine
 import quality
 import sources
 from environments import encoder_folder
@@ -74,9 +73,7 @@ def everything_measured(seeds: list[int], options: argparse.Namespace, published
 
 
 def _settled(options: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(
-        **vars(options) | {"out": None, "precision": "bf16" if machine.has_fast_bf16() else "fp32"}
-    )
+    return argparse.Namespace(**vars(options) | {"out": None})
 
 
 def _mark(seed: int, options: argparse.Namespace) -> str:

@@ -31,6 +31,7 @@ from harness import (
     Target,
     TurnFailed,
     arguments,
+    each_precision,
     publish,
     published_with,
     turn,
@@ -81,7 +82,7 @@ def main() -> None:
     parser = arguments(__doc__, rounds=None)
     parser.add_argument("--only", default=",".join(RECIPES), help="data sets, with commas (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (%(default)s)")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of both sides")
+    parser.add_argument("--precision", choices=("auto", *machine.PRECISIONS), default="auto", help="of both sides")
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
     options = parser.parse_args()
     names = [name.strip() for name in options.only.split(",")]
@@ -89,7 +90,7 @@ def main() -> None:
     if unknown:
         parser.error(f"--only: {', '.join(unknown)}: not one of {', '.join(RECIPES)}")
     if options.precision == "auto":
-        options.precision = "bf16" if machine.has_fast_bf16() else "fp32"
+        options.precision = machine.precision()
     seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
     before = machine.facts()
     for name in names:
@@ -98,8 +99,7 @@ def main() -> None:
                 found = measured(name, who, seed, options)
                 print(f"{name} seed {seed}: {who} {found.value:.2f}", file=sys.stderr, flush=True)
     runs = everything_measured(seeds, options)
-    names = list(dict.fromkeys(run.case for run in runs))
-    settings = {name: {**asdict(RECIPES[name]), "precision": options.precision} for name in names}
+    settings = {run.case: {**asdict(RECIPES[run.case]), "precision": precision_of(run, options)} for run in runs}
     found = {"regraft": our_versions()}
     if any(run.who == "trainer" for run in runs):
         found["trainer"] = versions(peer_python("trainer"), ("torch", "transformers", "accelerate", "numpy"))
@@ -111,14 +111,25 @@ def contestants(name: str) -> tuple[str, ...]:
 
 
 def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[Run]:
-    """What this and earlier commands measured with today's settings, data set by data set."""
-    known = [
-        earlier(name, who, seed, options)
+    """What this and earlier commands measured with today's settings, data set by data set; of one that was not measured in
+    today's precision, what was in the other."""
+    return [
+        run
         for name in RECIPES
-        for seed in sorted({0, 1, 2, *seeds})
-        for who in contestants(name)
+        for run in next(filter(None, (known(name, seeds, some) for some in each_precision(options))), [])
     ]
-    return [run for run in known if run is not None]
+
+
+def precision_of(run: Run, options: argparse.Namespace) -> str:
+    """What a figure was measured in, which is part of its settings' mark."""
+    marks = {work_folder(run.case, run.who, run.round, some).name: some.precision for some in each_precision(options)}
+    return marks[run.details["settings"]]
+
+
+def known(name: str, seeds: list[int], options: argparse.Namespace) -> list[Run]:
+    """What was measured of a data set."""
+    found = [earlier(name, who, seed, options) for seed in sorted({0, 1, 2, *seeds}) for who in contestants(name)]
+    return [run for run in found if run is not None]
 
 
 def earlier(name: str, who: str, seed: int, options: argparse.Namespace) -> Run | None:

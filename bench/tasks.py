@@ -24,7 +24,20 @@ import multi
 import sources
 import task_rows
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import OURS, RESULTS, WORK, Claim, Run, Target, TurnFailed, arguments, publish, published_with, turn
+from harness import (
+    OURS,
+    RESULTS,
+    WORK,
+    Claim,
+    Run,
+    Target,
+    TurnFailed,
+    arguments,
+    each_precision,
+    publish,
+    published_with,
+    turn,
+)
 
 CLAIM = Claim(
     "tasks", "Encoder tasks: figures on real data sets, points of 100", "points or perplexity", compare="difference"
@@ -227,8 +240,13 @@ def main() -> None:
     known = [*CASES, multi.NAME]
     parser.add_argument("--only", default=",".join(known), help="cases, with commas (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (%(default)s)")
+    parser.add_argument(
+        "--precision", choices=("auto", *machine.PRECISIONS), default="auto", help="of all sides (%(default)s)"
+    )
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
     options = parser.parse_args()
+    if options.precision == "auto":
+        options.precision = machine.precision()
     names = [name.strip() for name in options.only.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -281,15 +299,24 @@ def targets(cases: Mapping[str, Any]) -> list[Target]:
 
 
 def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[Run]:
-    """Every figure that this and earlier commands measured with today's settings."""
-    runs = []
-    for name, case in CASES.items():
-        for seed in sorted({0, 1, 2, *seeds}):
-            for who, figure in case.figures.items():
-                details = earlier(figure.of, seed, options)
-                if details is not None:
-                    value = details["metrics"][figure.split][figure.metric] * (100 if case.points else 1)
-                    runs.append(Run(name, who, seed, round(value, 4), details))
+    """Every figure that this and earlier commands measured with today's settings; of a case that was not measured in
+    today's precision, those of the other."""
+    return [
+        run
+        for name in CASES
+        for run in next(filter(None, (measured(name, seeds, some) for some in each_precision(options))), [])
+    ]
+
+
+def measured(name: str, seeds: list[int], options: argparse.Namespace) -> list[Run]:
+    """What is known of a case."""
+    case, runs = CASES[name], []
+    for seed in sorted({0, 1, 2, *seeds}):
+        for who, figure in case.figures.items():
+            details = earlier(figure.of, seed, options)
+            if details is not None:
+                value = details["metrics"][figure.split][figure.metric] * (100 if case.points else 1)
+                runs.append(Run(name, who, seed, round(value, 4), details))
     return runs
 
 
@@ -312,11 +339,7 @@ def decisive(name: str, options: argparse.Namespace) -> dict[str, Any]:
     found |= {"columns": learning.columns, "more": learning.more, "encoder": learning.encoder}
     if learning.encoder in LEARNINGS:
         found["encoder"] = decisive(learning.encoder, options)
-    return found | {"precision": precision(), "quick": options.quick}
-
-
-def precision() -> str:
-    return "bf16" if machine.has_fast_bf16() else "fp32"
+    return found | {"precision": options.precision, "quick": options.quick}
 
 
 def described(name: str) -> dict[str, Any]:
@@ -391,14 +414,15 @@ def regraft(name: str, seed: int, folder: Path, options: argparse.Namespace) -> 
     commit = our_versions().get("commit", "")
     history = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [{"step": r["step"], **r["metrics"]} for r in history if r["kind"] == "eval" and r["split"] == "dev"]
-    return {"metrics": found["metrics"], "seconds": found["run_seconds"], "by_evaluation": steps, "commit": commit}
+    of = {"commit": commit, "precision": options.precision, "cpu": machine.facts()["cpu"]}
+    return {"metrics": found["metrics"], "seconds": found["run_seconds"], "by_evaluation": steps, **of}
 
 
 def configuration(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """The run's configuration, but for its folder."""
     learning = LEARNINGS[name]
     assert isinstance(learning, Learning)
-    training = {**learning.training, "seed": seed, "precision": precision(), "threads": options.threads}
+    training = {**learning.training, "seed": seed, "precision": options.precision, "threads": options.threads}
     if options.quick:
         training |= {"epochs": 1, "max_steps": QUICK_STEPS}
     return {
@@ -471,7 +495,7 @@ def follow_example(name: str, seed: int, folder: Path, options: argparse.Namespa
             "weight_decay": 0.01,  # Regraft's defaults, as is the share of steps below
             "warmup_steps": 0.06,
             "use_cpu": True,
-            "bf16": precision() == "bf16",
+            "bf16": options.precision == "bf16",
             "train_sampling_strategy": "group_by_length",  # less padding: the same learning in less time
             "save_strategy": "no",
         },

@@ -50,7 +50,7 @@ def runs_of(**values: list[float]) -> list[harness.Run]:
 
 
 def options_of(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"quick": True, "out": None, "threads": 1, **changes})
+    return argparse.Namespace(**{"quick": True, "out": None, "threads": 1, "precision": "fp32", **changes})
 
 
 # ---- comparing ----------------------------------------------------------------------------------------------------
@@ -407,6 +407,9 @@ def test_a_figure_of_a_task_counts_wherever_it_was_measured_with_the_same_settin
     assert tasks.everything_measured([0], options) == []
     options.out.write_text(json.dumps({"cases": {"wnut17": {"runs": [asdict(run)]}}}), encoding="utf-8")
     assert tasks.everything_measured([0], options) == [run]
+    in_bf16 = options_of(restart=False, out=options.out, precision="bf16")
+    assert tasks.earlier("wnut17", 0, in_bf16) is None, "measured anew on a machine that is fast at bf16"
+    assert tasks.everything_measured([0], in_bf16) == [run], "and until then it stands"
     assert tasks.work_name("wnut17", 0, options_of(quick=False)) != work
     learning = tasks.LEARNINGS["wnut17"]
     monkeypatch.setitem(tasks.LEARNINGS, "wnut17", replace(learning, training={**learning.training, "epochs": 7}))
