@@ -270,10 +270,12 @@ def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen
         export_bundle([one, other], tmp_path / "none")
 
 
-def test_pairs_of_few_rows_pull_the_classes_apart(frozen):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pairs_of_few_rows_pull_the_classes_apart(frozen, precision):
     from regraft.engine.heads.contrastive import PairPlan
 
-    result = frozen("method=contrastive", "data.limit=64", "training.epochs=10", "training.learning_rate=1e-3")
+    learning = ("training.epochs=10", "training.learning_rate=1e-3", f"training.precision={precision}")
+    result = frozen("method=contrastive", "data.limit=64", *learning)
     assert result.metrics["dev"]["accuracy"] > 0.7
     assert (result.folder / "best" / "head.safetensors").is_file()
     texts = [t for t, _ in sentences(100, 8)]
