@@ -49,10 +49,10 @@ def compare(
         Workers(Path(scratch)) as workers,
     ):
         job = {"config": config.model_dump(mode="json", exclude_unset=True), "folder": scratch, "folds": folds}
-        schedule = _Schedule(workers, job, deadline, say, lambda: measured(results))
+        schedule = _Schedule(workers, job, todo, deadline, say, lambda: measured(results))
         # The least share tells what all rows will take.
         schedule.in_turns(todo, lambda way: [(share, 0) for share in sorted({least, 1.0} if way.curve else {1.0})])
-        schedule.those_that_wait(todo)
+        schedule.those_that_wait()
         curves = [(way, result) for way, result in todo if way.curve and result.points]
         schedule.in_turns(curves, lambda way: [(share, 0) for share in between])
         again = [(way, r) for way, r in todo if r.complete and (way.seeded or folds)]
@@ -65,9 +65,16 @@ class _Schedule:
     """Who has how much of what is left of the budget, and what becomes of the figures."""
 
     def __init__(
-        self, workers: Workers, job: dict[str, Any], deadline: float, say: Say, measured: Callable[[], object]
+        self,
+        workers: Workers,
+        job: dict[str, Any],
+        every: Sequence[Turn],
+        deadline: float,
+        say: Say,
+        measured: Callable[[], object],
     ) -> None:
-        self.workers, self.job, self.deadline, self.say, self.measured = workers, job, deadline, say, measured
+        self.workers, self.job, self.every, self.deadline = workers, job, every, deadline
+        self.say, self.measured = say, measured
 
     @property
     def left(self) -> float:
@@ -78,12 +85,17 @@ class _Schedule:
         for number, (way, result) in enumerate(turns):
             self.measure(way, result, points(way), self.left / (len(turns) - number))
 
-    def those_that_wait(self, turns: Sequence[Turn]) -> None:
+    def those_that_wait(self) -> None:
         """Ways whose turn was too short for all rows: the shortest first, with all the time there is."""
-        waiting = [(way, result, result.needs) for way, result in turns if result.needs is not None]
-        for way, result, needs in sorted(waiting, key=lambda one: one[2]):
-            if self.left > needs:
+        waiting = [(way, result, result.needs) for way, result in self.every if result.needs is not None]
+        for way, result, needs in sorted(waiting, key=lambda one: (not self.stored(one[0]), one[2])):
+            if self.left > needs or self.stored(way):
                 self.measure(way, result, [(1.0, 0)], self.left)
+
+    def stored(self, way: Way) -> bool:
+        """Whether another way has left the features of all rows that this one takes."""
+        taken = way.features
+        return taken is not None and any(one.features == taken and result.complete for one, result in self.every)
 
     def measure(self, way: Way, result: Result, points: Points, turn: float) -> None:
         """`turn`: seconds in which points are begun."""
@@ -93,6 +105,7 @@ class _Schedule:
         elif points:
             stopped = min(self.deadline, now + PATIENCE * turn)
             job = self.job | {"way": way.name, "points": points, "deadline": now + turn, "known": result.points}
+            job["stored"] = self.stored(way)
             ended = self.workers.do(job, stopped, lambda record: self._take(way, result, record))
             self._end(way, result, ended, stopped - now, "the budget" if stopped == self.deadline else "its turn")
 

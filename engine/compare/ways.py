@@ -27,6 +27,11 @@ class Way:
         """Whether fewer rows than all tell anything of it."""
         return self.labels and self.name != "majority"
 
+    @property
+    def features(self) -> dict[str, Any] | None:
+        """What it asks of the features of all training rows; None where it takes none."""
+        return self.settings.get("features", {}) if self.labels and self.settings.get("method") == "frozen" else None
+
 
 FROZEN = {"learning_rate": 1e-3, "epochs": 15, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}
 SCRATCH = {"learning_rate": 1e-3, "epochs": 6, "batch_size": 32, "layer_decay": 1.0, "head_learning_rate": None}

@@ -71,8 +71,9 @@ def make_ready(name: str) -> None:
 
 
 def work(job: dict[str, Any]) -> int:
-    """Do a job: {"config", "way", "folder", "folds", "deadline", "known", "points": [[share, seed], ...]}; `deadline`: seconds
-    since 1970; `known`: the points that were measured before."""
+    """Do a job: {"config", "way", "folder", "folds", "deadline", "known", "stored", "points": [[share, seed], ...]};
+    `deadline`: seconds since 1970; `known`: the points that were measured before; `stored`: another way has left the features
+    of all rows."""
     base = parse_config(job["config"], source="compare")
     way = next(w for w in WAYS if w.name == job["way"])
     task, splits = splits_of(base)
@@ -86,7 +87,7 @@ def work(job: dict[str, Any]) -> int:
     def learned(share: float) -> float:
         return rows_learned(base, way, at_hand(share))
 
-    keeps = way.settings.get("method") == "frozen"
+    keeps = way.features is not None and not job["stored"]
     whole = 1.0 in (*(share for share, _ in job["points"]), *(point["share"] for point in known))
     for share, seed in job["points"]:
         if share < 1.0 and whole and at_hand(share) == at_hand(1.0):

@@ -12,7 +12,7 @@ from regraft.engine.config import load_config
 
 class Pretended:
     """In the place of the processes of a comparison, with a clock of its own, as no test can count on theirs. `seconds`: of a
-    point, by way and share (else 1)."""
+    point, by way and share (else 1), of all rows whose features are there by way and "stored"."""
 
     def __init__(self, monkeypatch, seconds):
         from regraft.engine.compare import run
@@ -33,6 +33,8 @@ class Pretended:
         known, began = bool(job["known"]), self.now
         for share, seed in job["points"]:
             seconds = self.seconds.get((job["way"], share), 1.0)
+            if job["stored"] and share == 1.0:
+                seconds = self.seconds.get((job["way"], "stored"), seconds)
             if self.now + (seconds if known else 0.0) > job["deadline"]:
                 take({"share": share, "seed": seed, "needs": seconds if known else 0.0})
                 continue
@@ -78,6 +80,15 @@ def test_a_way_that_was_stopped_in_its_turn_has_another_when_time_is_left(make_c
     results = compare(load_config(make_config()), ways, budget=300.0, seeds=1, shares=[1.0], say=said.append)
     assert "LSTM from scratch: stopped, its turn was used up" in said
     assert all(way.complete and not way.why for way in results)
+
+
+def test_a_way_whose_features_another_one_has_made_is_not_left_out_for_the_time_they_take(make_config, monkeypatch):
+    seconds = {("logistic", 1.0): 60.0, ("logistic", "stored"): 2.0, ("linear", 1.0): 60.0, ("cnn", 1.0): 50.0}
+    pretended = Pretended(monkeypatch, seconds)
+    ways, shares = ("majority", "cnn", "logistic", "linear"), [0.1, 1.0]
+    results = compare(load_config(make_config()), ways, budget=110.0, seeds=1, shares=shares)
+    assert pretended.done[-2:] == [("linear", 1.0, 0), ("logistic", 1.0, 0)]
+    assert [r.why for r in results] == ["", "on all rows it would take about 50 s, more than was left", "", ""]
 
 
 def test_ways_that_take_all_their_time_leave_some_for_those_behind_them(make_config, monkeypatch):
