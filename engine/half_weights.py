@@ -8,8 +8,8 @@ once an optimizer step. Parameters, state dict and what is saved stay in fp32 an
 weight at hand, writes the copies of those it changes (`copies_written`), so that nothing is left to cast.
 
 Where the processor multiplies tiles, products are our own (kernels/linear_native.py): any number of rows, GELU in the same
-pass, gradients of weights in fp32 as they were added up. Elsewhere they are oneDNN's, and rows are filled up with zeros to
-one of eight numbers between a power of two and the next: oneDNN makes machine code anew for every shape of a bf16 product
+pass, gradients of weights in fp32 as they were added up. Elsewhere they are oneDNN's (linear_torch.py), and rows are filled up
+with zeros to one of eight numbers between a power of two and the next: oneDNN makes machine code anew for every shape of a bf16 product
 that it has not seen, and packed batches hardly ever have as many rows as one before (18 ms for the products of a MiniLM
 layer of known shape, 87 ms of a new one).
 """
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from regraft.engine.binding import is_intermediate
-from regraft.kernels import linear_native
+from regraft.kernels import linear_native, linear_torch
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
@@ -112,72 +112,50 @@ def _beside(held: Tensor | None, masters: Sequence[Tensor]) -> Tensor:
     return held
 
 
-def filled(rows: int) -> int:
-    """`rows` rounded up to one of eight numbers between powers of two, and to a multiple of sixteen."""
-    step = max(16, (1 << rows.bit_length()) // 16)
-    return -(-rows // step) * step
-
-
-def _filled_up(x: Tensor) -> Tensor:
-    # [.., I] -> [filled rows, I] in bf16
-    rows = x.reshape(-1, x.shape[-1])
-    count = len(rows)
-    if filled(count) == count:
-        return rows.to(HALF)
-    whole = rows.new_empty(filled(count), rows.shape[1], dtype=HALF)
-    whole[:count].copy_(rows)
-    whole[count:].zero_()
-    return whole
+def products(weight: Tensor) -> Any:
+    """Whose products a weight [O, I] in bf16 takes part in: on tiles in C where there are some, else torch's."""
+    return linear_native if linear_native.runs_here(weight) else linear_torch
 
 
 class _HalfLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, half: HalfWeights, gelu: bool, keep: bool, *masters: Tensor) -> Tensor:
         weight, bias = half.current()
-        ctx.tiled, ctx.gelu = linear_native.runs_here(weight), gelu
+        ctx.by = products(weight)
         ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in half.layers]
-        narrow = _narrow(x, ctx.tiled)
-        if ctx.tiled and gelu:
-            out, active = linear_native.linear_gelu(narrow, weight, bias, keep=keep)
+        rows = ctx.by.as_rows(x)
+        if gelu:
+            out, active = ctx.by.linear_gelu(rows, weight, bias, keep=keep)
         else:
-            out = (linear_native if ctx.tiled else torch.nn.functional).linear(narrow, weight, bias)
-            active = torch.nn.functional.gelu(out) if gelu else out
-        ctx.save_for_backward(narrow, weight, out if gelu else None)
-        return active[: x.shape[:-1].numel()].view(*x.shape[:-1], active.shape[-1])
+            out, active = None, ctx.by.linear(rows, weight, bias)
+        ctx.save_for_backward(rows, weight, out)
+        return shaped(active, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        narrow, weight, out = ctx.saved_tensors
-        rows = _narrow(grad, ctx.tiled)
-        if ctx.gelu:
-            slope = linear_native.gelu_gradient if ctx.tiled else torch.ops.aten.gelu_backward
-            rows = slope(rows, out)
+        rows, weight, out = ctx.saved_tensors
+        slopes = ctx.by.as_rows(grad)
+        if out is not None:
+            slopes = ctx.by.gelu_gradient(slopes, out)
         inputs, _, _, _, *masters = ctx.needs_input_grad
-        dx = None
-        if inputs:
-            dx = linear_native.input_gradient(rows, weight) if ctx.tiled else rows @ weight
-            dx = dx[: grad.shape[:-1].numel()].view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtype)
+        dx = shaped(ctx.by.input_gradient(slopes, weight), grad).to(ctx.dtype) if inputs else None
         count = len(ctx.sizes)
-        dw: Tensor | None
-        db: Tensor | None
         of_weights, of_biases = any(masters[:count]), any(masters[count:])
         found: list[Tensor | None] = [None] * len(masters)
-        if ctx.tiled and of_weights:
-            dw, db = linear_native.weight_gradients(rows, narrow, of_biases)
-        else:
-            dw = (rows.t() @ narrow).float() if of_weights else None
-            db = rows.sum(0, dtype=torch.float32) if of_biases else None
-        if dw is not None:
+        if of_weights:
+            dw, db = ctx.by.weight_gradients(slopes, rows, of_biases)
             found[:count] = dw.split(ctx.sizes)
+        else:
+            db = slopes.sum(0, dtype=torch.float32) if of_biases else None
         if db is not None:
             found[count:] = db.split(ctx.sizes)
         return dx, None, None, None, *(part if asked else None for part, asked in zip(found, masters, strict=True))
 
 
-def _narrow(x: Tensor, tiled: bool) -> Tensor:
-    # [.., I] -> [rows, I] in bf16; more rows than there are where products want it
-    return x.reshape(-1, x.shape[-1]).to(HALF) if tiled else _filled_up(x)
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[rows, O], perhaps filled up -> [.., O], one for each row of `like` [.., I]."""
+    return rows[: like.shape[:-1].numel()].view(*like.shape[:-1], rows.shape[-1])
 
 
 def half_linear(x: Tensor, half: HalfWeights, gelu: bool = False) -> Tensor:

@@ -51,6 +51,11 @@ def _tiles() -> bool:
     return bool(native.call("regraft_linear_here", 1))
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """[.., I] -> [rows, I] in bf16."""
+    return x.reshape(-1, x.shape[-1]).to(HALF)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None) -> Tensor:
     """x W^T + b, and + u B^T of `low`, which is (u, B). Shape: x [T, I], weight [O, I], bias [O], u [T, R], B [O, R] -> [T, O],
     all bf16; R as I and O."""

@@ -1,4 +1,4 @@
-"""LoRA over bf16 weights on a processor that multiplies tiles: the low-rank term is added up in the same sums as the product.
+"""LoRA over bf16 weights on a CPU: the low-rank term is added to the product, on tiles in the same sums.
 
     u = x A^T,   y = x W^T + u (s B)^T + b
     v = dy s B,  dx = dy W + v A,   dA = v^T x,   dB = s dy^T u        x, W, b, A, B, u, v, y, dx in bf16; dA, dB in fp32
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from regraft.engine.half_weights import HALF, HalfWeights
+from regraft.engine.half_weights import HALF, HalfWeights, products, shaped
 from regraft.kernels import linear_native
 
 ADAPTER = "default"
@@ -34,11 +34,11 @@ def is_one_pair(module: Any) -> bool:
 
 
 def fits(layers: Sequence[Any]) -> bool:
-    """Whether LoRA layers are alike, in fp32, without dropout, and of sides that tiles multiply here."""
+    """Whether LoRA layers are alike, in fp32, and without dropout."""
     if not all(is_one_pair(layer) and type(layer.base_layer) is nn.Linear for layer in layers):
         return False
     bases = [layer.base_layer for layer in layers]
-    if any(base.weight.dtype != torch.float32 or not _on_tiles(base.weight) for base in bases):
+    if any(base.weight.dtype != torch.float32 for base in bases):
         return False
     if any(type(layer.lora_dropout[ADAPTER]) is not nn.Identity for layer in layers):
         return False
@@ -46,10 +46,6 @@ def fits(layers: Sequence[Any]) -> bool:
         (layer.in_features, layer.base_layer.bias is None, layer.r[ADAPTER], layer.scaling[ADAPTER]) for layer in layers
     }
     return len(kinds) == 1
-
-
-def _on_tiles(weight: Tensor) -> bool:
-    return linear_native.runs_here(weight.new_empty(weight.shape, dtype=HALF))
 
 
 class HalfLora:
@@ -107,30 +103,30 @@ class _HalfLora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, half: HalfLora, gelu: bool, keep: bool, *_: Tensor) -> Tensor:
         weight, bias = half.base.current()
         down, up = half.pairs()
-        rows = x.reshape(-1, x.shape[-1]).to(HALF)
-        inner = linear_native.linear(rows, down, None)
+        ctx.by = products(weight)
+        rows = ctx.by.as_rows(x)
+        inner = ctx.by.linear(rows, down, None)
         if gelu:
-            out, active = linear_native.linear_gelu(rows, weight, bias, (inner, up), keep=keep)
+            out, active = ctx.by.linear_gelu(rows, weight, bias, (inner, up), keep=keep)
         else:
-            out, active = None, linear_native.linear(rows, weight, bias, (inner, up))
+            out, active = None, ctx.by.linear(rows, weight, bias, (inner, up))
         ctx.save_for_backward(rows, weight, down, up, inner, out)
         ctx.half, ctx.dtype = half, x.dtype
-        return active.view(*x.shape[:-1], active.shape[-1])
+        return shaped(active, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         rows, weight, down, up, inner, out = ctx.saved_tensors
-        slopes = grad.reshape(-1, grad.shape[-1]).to(HALF)
+        slopes = ctx.by.as_rows(grad)
         if out is not None:
-            slopes = linear_native.gelu_gradient(slopes, out)
-        back = linear_native.input_gradient(slopes, up)
+            slopes = ctx.by.gelu_gradient(slopes, out)
+        back = ctx.by.input_gradient(slopes, up)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = linear_native.input_gradient(slopes, weight, (back, down))
-            dx = dx.view(*grad.shape[:-1], dx.shape[-1]).to(ctx.dtype)
-        d_down, _ = linear_native.weight_gradients(back, rows, bias=False)
-        d_up, _ = linear_native.weight_gradients(inner, slopes, bias=False)  # [R, O]
+            dx = shaped(ctx.by.input_gradient(slopes, weight, (back, down)), grad).to(ctx.dtype)
+        d_down, _ = ctx.by.weight_gradients(back, rows, bias=False)
+        d_up, _ = ctx.by.weight_gradients(inner, slopes, bias=False)  # [R, O]
         blocks = ctx.half.blocks()
         d_downs = [d_down[columns] for _, columns in blocks]
         d_ups = [d_up[columns, outputs].t() * ctx.half.scale for outputs, columns in blocks]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def use_method_kernels(running: RunningModel, config: RunConfig, precision: str) -> int:
     """On a CPU: folded LoRA where it is exact and faster, in fp32, without dropout or magnitudes; in bf16, weights kept in
-    bf16 beside the fp32 ones, LoRA's pairs too where there are tiles. On a GPU: LoRA by `speed_gpu`. How many layers."""
+    bf16 beside the fp32 ones, LoRA's pairs too. On a GPU: LoRA by `speed_gpu`. How many layers."""
     if config.training.sharding != "none":
         return 0  # these hold whole weights, which sharding is there to spare
     on_cpu = next(running.model.parameters()).device.type == "cpu"
