@@ -321,10 +321,18 @@ def published_with(path: Path, settings: str) -> list[Run]:
     return [Run(**run) for run in runs if run["details"].get("settings") == settings]
 
 
-def each_precision(options: argparse.Namespace) -> list[argparse.Namespace]:
-    """The options in their own precision, then in the others: what a case counts as measured with until it is measured anew."""
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    usual = machine.precision()
+    about = "of all sides (default: bf16 where the machine is fast at it, so here %(default)s)"
+    parser.add_argument("--precision", choices=machine.PRECISIONS, default=usual, help=about)
+
+
+def in_one_precision(known: Callable[[argparse.Namespace], list[Run]], options: argparse.Namespace) -> list[Run]:
+    """What is known of a case, in the precision in which most of it is, today's where that is as much: figures stand until they
+    are measured anew, and those of two precisions are not compared with one another."""
     others = [some for some in machine.PRECISIONS if some != options.precision]
-    return [argparse.Namespace(**vars(options) | {"precision": some}) for some in (options.precision, *others)]
+    settings = ({"precision": some, "restart": False} for some in (options.precision, *others))
+    return max((known(argparse.Namespace(**vars(options) | some)) for some in settings), key=len)
 
 
 def command_line() -> str:

@@ -96,6 +96,7 @@ def main() -> None:
 
     every = [(name, seed) for seed in seeds for name in names]
     side_by_side(one, every, options.at_once)
+    options.restart = False  # what was not trained again still stands
     runs = [earlier(name, seed, options) for name in CASES for seed in sorted({0, 1, 2, *seeds})]
     known = [run for run in runs if run is not None]
     settings = {run.case: configuration(run.case, 0, options) for run in known}

@@ -10,6 +10,7 @@ from typing import Any
 
 # Instruction sets that decide which arithmetic is fast: bf16 products, int8 dot products, wide vectors.
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8", "bf16", "i8mm", "asimddp")
+PRECISIONS = ("fp32", "bf16")
 
 
 def facts() -> dict[str, Any]:
@@ -55,9 +56,6 @@ def cpu_flags() -> list[str]:
     """Those of FLAGS that the CPU has."""
     found = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
     return [flag for flag in FLAGS if flag in found]
-
-
-PRECISIONS = ("fp32", "bf16")
 
 
 def precision() -> str:

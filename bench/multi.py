@@ -17,7 +17,7 @@ from typing import Any
 import quality
 import sources
 from environments import encoder_folder
-from harness import OURS, WORK, Run, Target, published_with, turn
+from harness import OURS, WORK, Run, Target, in_one_precision, published_with, turn
 
 NAME = "multi"
 ALONE = "alone"
@@ -61,7 +61,10 @@ def measured(seed: int, options: argparse.Namespace) -> list[Run]:
 
 def everything_measured(seeds: list[int], options: argparse.Namespace, published: Path) -> list[Run]:
     """What this and earlier commands measured with today's settings."""
-    options = argparse.Namespace(**vars(_settled(options)) | {"restart": False})
+    return in_one_precision(lambda some: _known(seeds, _settled(some), published), options)
+
+
+def _known(seeds: list[int], options: argparse.Namespace, published: Path) -> list[Run]:
     runs: list[Run] = []
     for seed in sorted({0, 1, 2, *seeds}):
         mark = _mark(seed, options)

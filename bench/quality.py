@@ -30,8 +30,9 @@ from harness import (
     Run,
     Target,
     TurnFailed,
+    add_precision,
     arguments,
-    each_precision,
+    in_one_precision,
     publish,
     published_with,
     turn,
@@ -82,15 +83,13 @@ def main() -> None:
     parser = arguments(__doc__, rounds=None)
     parser.add_argument("--only", default=",".join(RECIPES), help="data sets, with commas (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (%(default)s)")
-    parser.add_argument("--precision", choices=("auto", *machine.PRECISIONS), default="auto", help="of both sides")
+    add_precision(parser)
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
     options = parser.parse_args()
     names = [name.strip() for name in options.only.split(",")]
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         parser.error(f"--only: {', '.join(unknown)}: not one of {', '.join(RECIPES)}")
-    if options.precision == "auto":
-        options.precision = machine.precision()
     seeds = [int(seed) for seed in options.seeds.split(",")][: 1 if options.quick else None]
     before = machine.facts()
     for name in names:
@@ -111,18 +110,16 @@ def contestants(name: str) -> tuple[str, ...]:
 
 
 def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[Run]:
-    """What this and earlier commands measured with today's settings, data set by data set; of one that was not measured in
-    today's precision, what was in the other."""
+    """What this and earlier commands measured with today's settings, data set by data set."""
     return [
-        run
-        for name in RECIPES
-        for run in next(filter(None, (known(name, seeds, some) for some in each_precision(options))), [])
+        run for name in RECIPES for run in in_one_precision(lambda some, name=name: known(name, seeds, some), options)
     ]
 
 
 def precision_of(run: Run, options: argparse.Namespace) -> str:
     """What a figure was measured in, which is part of its settings' mark."""
-    marks = {work_folder(run.case, run.who, run.round, some).name: some.precision for some in each_precision(options)}
+    every = (argparse.Namespace(**vars(options) | {"precision": precision}) for precision in machine.PRECISIONS)
+    marks = {work_folder(run.case, run.who, run.round, some).name: some.precision for some in every}
     return marks[run.details["settings"]]
 
 

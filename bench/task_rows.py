@@ -12,7 +12,7 @@ import random
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,7 @@ QUICK = 40
 
 def squad(quick: bool) -> dict[str, str]:
     """SQuAD 1.1: two of the 44 articles at hand are held out of the training part, to choose an epoch by."""
-    whole = json.loads(_text("squad1/train-part-du-test.json.gz"))
-    test = json.loads(_text("squad1/dev-v1.1.json.gz"))
-    parts = {"train": whole["data"][2:], "dev": whole["data"][:2], "test": test["data"]}
+    parts = _articles()
     if quick:
         parts = {name: [{**some[0], "paragraphs": some[0]["paragraphs"][:4]}] for name, some in parts.items()}
     return {
@@ -53,43 +51,46 @@ def reviews_unlabelled(quick: bool) -> dict[str, str]:
 
 def reviews_labelled(quick: bool) -> dict[str, str]:
     """A thousand labelled reviews to learn from, others to choose an epoch by, and part of the test reviews."""
-    archive, parts = "imdb/aclImdb-labelled.tar.gz", {}
-    train, test = ([r for label in ("pos", "neg") for r in _reviews(archive, s, label)] for s in ("train", "test"))
-    for some in (train, test):
-        random.Random(0).shuffle(some)
-    parts = {"train": train[:LABELLED], "dev": train[LABELLED : LABELLED + DEV], "test": test[:TEST]}
-    if quick:
-        parts = {name: rows[:QUICK] for name, rows in parts.items()}
-    return {name: _rows(f"imdb-labelled-{name}", rows, quick) for name, rows in parts.items()}
+    return _drawn("imdb-labelled", lambda row, stars: row, {"train": LABELLED, "dev": DEV, "test": TEST}, quick)
 
 
 def reviews_rated(quick: bool) -> dict[str, str]:
     """Labelled reviews with the stars that came with them: 1 to 4 and 7 to 10."""
-    archive, parts = "imdb/aclImdb-labelled.tar.gz", {}
-    train, test = (
-        [{**r, "label": stars} for label in ("pos", "neg") for r, stars in _rated(archive, s, label)]
-        for s in ("train", "test")
-    )
-    for some in (train, test):
+    counts = {"train": RATED, "dev": DEV, "test": RATED_TEST}
+    return _drawn("imdb-rated", lambda row, stars: {**row, "label": stars}, counts, quick)
+
+
+def _drawn(
+    name: str, row_of: Callable[[dict[str, str], int], dict[str, Any]], counts: dict[str, int], quick: bool
+) -> dict[str, str]:
+    """Labelled reviews as rows, made of their texts and labels and of their stars; dev are rows of train that are left."""
+    found = {}
+    for split in ("train", "test"):
+        some = [
+            row_of(*one) for label in ("pos", "neg") for one in _rated("imdb/aclImdb-labelled.tar.gz", split, label)
+        ]
         random.Random(0).shuffle(some)
-    parts = {"train": train[:RATED], "dev": train[RATED : RATED + DEV], "test": test[:RATED_TEST]}
-    if quick:
-        parts = {name: rows[:QUICK] for name, rows in parts.items()}
-    return {name: _rows(f"imdb-rated-{name}", rows, quick) for name, rows in parts.items()}
+        found[split] = some[: counts[split]]
+        if split == "train":
+            found["dev"] = some[counts["train"] : counts["train"] + counts["dev"]]
+    return {split: _rows(f"{name}-{split}", rows[: QUICK if quick else None], quick) for split, rows in found.items()}
 
 
 def answering_sentences(quick: bool) -> dict[str, str]:
     """SQuAD 1.1 as a choice: a question, and the sentences of its paragraph, one of which holds the answer. Articles are
     held out whole."""
-    whole = json.loads(_text("squad1/train-part-du-test.json.gz"))["data"]
-    test = json.loads(_text("squad1/dev-v1.1.json.gz"))["data"]
-    parts = {"train": (whole[2:], ASKED), "dev": (whole[:2], ASKED_DEV), "test": (test, ASKED_TEST)}
-    found = {}
-    for name, (articles, count) in parts.items():
+    counts, found = {"train": ASKED, "dev": ASKED_DEV, "test": ASKED_TEST}, {}
+    for name, articles in _articles().items():
         rows = [row for article in articles for row in _choices(article)]
         random.Random(0).shuffle(rows)
-        found[name] = _rows(f"squad-sentences-{name}", rows[: QUICK if quick else count], quick)
+        found[name] = _rows(f"squad-sentences-{name}", rows[: QUICK if quick else counts[name]], quick)
     return found
+
+
+def _articles() -> dict[str, list[dict[str, Any]]]:
+    """SQuAD 1.1's articles; two of those at hand for training are held out of it."""
+    whole = json.loads(_text("squad1/train-part-du-test.json.gz"))["data"]
+    return {"train": whole[2:], "dev": whole[:2], "test": json.loads(_text("squad1/dev-v1.1.json.gz"))["data"]}
 
 
 def _choices(article: dict[str, Any]) -> Iterator[dict[str, Any]]:

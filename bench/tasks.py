@@ -33,7 +33,7 @@ from harness import (
     Target,
     TurnFailed,
     arguments,
-    each_precision,
+    in_one_precision,
     publish,
     published_with,
     turn,
@@ -112,8 +112,8 @@ EWT = {split: f"ud-en-ewt/en_ewt-ud-{split}.conllu.gz" for split in ("train", "d
 LABEL = {"learning_rate": 3e-4, "batch_size": 32}
 ANSWER = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 3}
 REVIEWS = {"learning_rate": 5e-5, "batch_size": 16, "epochs": 5}
-RATED = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 3}
-CHOICE = {"learning_rate": 1e-4, "batch_size": 16, "epochs": 2}
+RATED = {"learning_rate": 1e-4, "head_learning_rate": 1e-3, "batch_size": 16, "epochs": 3}
+CHOICE = {"learning_rate": 1e-4, "head_learning_rate": 1e-3, "batch_size": 16, "epochs": 2}
 CONLL = {"format": "conll"}
 ON_REVIEWS = {"learning_rate": 2e-4, "head_learning_rate": 1e-3, "batch_size": 32, "epochs": 3}
 
@@ -205,7 +205,7 @@ CASES = {
         {OURS: Figure("imdb-stars", "quadratic_kappa"), "regraft-head": Figure("imdb-stars-head", "quadratic_kappa")},
         beats={"regraft-head": 0.0},
     ),
-    "squad-sentence": Case(
+    "squad-sentences": Case(
         {OURS: Figure("squad-sentences", "accuracy"), "regraft-head": Figure("squad-sentences-head", "accuracy")},
         beats={"regraft-head": 0.0},
     ),
@@ -245,8 +245,6 @@ def main() -> None:
     )
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
     options = parser.parse_args()
-    if options.precision == "auto":
-        options.precision = machine.precision()
     names = [name.strip() for name in options.only.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -269,8 +267,7 @@ def main() -> None:
     found = {**published_versions(options), OURS: our_versions()}
     if any(isinstance(LEARNINGS[name], Example) for name in wanted):
         found["transformers"] = versions(peer_python("trainer"), ("torch", "transformers", "accelerate", "numpy"))
-    cases = dict.fromkeys(run.case for run in runs)
-    settings = {name: described(name) if name in CASES else multi.settings()[name] for name in cases}
+    settings = {run.case: described(run, options) if run.case in CASES else multi.settings()[run.case] for run in runs}
     publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
 
 
@@ -299,12 +296,9 @@ def targets(cases: Mapping[str, Any]) -> list[Target]:
 
 
 def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[Run]:
-    """Every figure that this and earlier commands measured with today's settings; of a case that was not measured in
-    today's precision, those of the other."""
+    """Every figure that this and earlier commands measured with today's settings."""
     return [
-        run
-        for name in CASES
-        for run in next(filter(None, (measured(name, seeds, some) for some in each_precision(options))), [])
+        run for name in CASES for run in in_one_precision(lambda some, name=name: measured(name, seeds, some), options)
     ]
 
 
@@ -342,9 +336,9 @@ def decisive(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"precision": options.precision, "quick": options.quick}
 
 
-def described(name: str) -> dict[str, Any]:
-    """A case's settings, for the result's readers."""
-    figures = CASES[name].figures
+def described(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a figure's case, for the result's readers."""
+    figures = CASES[run.case].figures
     learnings = {}
     for figure in figures.values():
         found = LEARNINGS[figure.of]
@@ -352,7 +346,16 @@ def described(name: str) -> dict[str, Any]:
         if callable(values.get("data")):
             values["data"] = f"task_rows.{values['data'].__name__}"
         learnings[figure.of] = values
-    return {"metric": figures[OURS].metric, "split": figures[OURS].split, "learned": learnings}
+    shown = {"metric": figures[OURS].metric, "split": figures[OURS].split, "precision": precision_of(run, options)}
+    return shown | {"learned": learnings}
+
+
+def precision_of(run: Run, options: argparse.Namespace) -> str:
+    """What a figure was measured in, which is part of its settings' mark."""
+    learned = CASES[run.case].figures[run.who].of
+    every = (argparse.Namespace(**vars(options) | {"precision": precision}) for precision in machine.PRECISIONS)
+    marks = {work_name(learned, run.round, some): some.precision for some in every}
+    return marks[run.details["settings"]]
 
 
 def earlier(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:
@@ -503,7 +506,8 @@ def follow_example(name: str, seed: int, folder: Path, options: argparse.Namespa
     folder.mkdir(parents=True, exist_ok=True)
     found = turn(peer_python("trainer"), "peers/tasks_run.py", spec, threads=options.threads)
     judged = {"answers": folder / "answers.json", "rows": rows["test"]}
-    return {"metrics": {"test": turn(sys.executable, "score_answers.py", judged, threads=options.threads)}} | found
+    of = {"precision": options.precision, "cpu": machine.facts()["cpu"]}
+    return {"metrics": {"test": turn(sys.executable, "score_answers.py", judged, threads=options.threads)}} | found | of
 
 
 if __name__ == "__main__":

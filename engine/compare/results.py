@@ -160,9 +160,9 @@ def _untold(a: Result, b: Result, metric: str) -> str:
 
 
 def _times(a: Result, b: Result) -> str:
-    ratio = a.median("train_seconds") / max(b.median("train_seconds"), 1e-3)
+    ratio = max(a.median("train_seconds"), 1e-3) / max(b.median("train_seconds"), 1e-3)
     if ratio < 0.1:
-        return f"a {float(f'{1 / max(ratio, 1e-6):.0e}'):,.0f}th of"
+        return f"1/{float(f'{1 / ratio:.0e}'):.0f} of"
     return f"{ratio:,.0f} times" if ratio >= 2 else f"{ratio:.1f} times"
 
 

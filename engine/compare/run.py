@@ -75,6 +75,7 @@ class _Schedule:
     ) -> None:
         self.workers, self.job, self.every, self.deadline = workers, job, every, deadline
         self.say, self.measured = say, measured
+        self.had_features: set[str] = set()  # ways that were begun with them there
 
     @property
     def left(self) -> float:
@@ -86,13 +87,17 @@ class _Schedule:
             self.measure(way, result, points(way), self.left / (len(turns) - number))
 
     def those_that_wait(self) -> None:
-        """Ways whose turn was too short for all rows: the shortest first, with all the time there is."""
+        """Ways whose turn was too short for all rows, with all the time there is: first those for which another way has made
+        features since, as nobody knows how little they take by now; then the shortest first."""
         waiting = [(way, result, result.needs) for way, result in self.every if result.needs is not None]
-        for way, result, needs in sorted(waiting, key=lambda one: (not self.stored(one[0]), one[2])):
-            if self.left > needs or self.stored(way):
+        for way, result, needs in sorted(waiting, key=lambda one: (not self.is_cheaper_now(one[0]), one[2])):
+            if self.left > needs or self.is_cheaper_now(way):
                 self.measure(way, result, [(1.0, 0)], self.left)
 
-    def stored(self, way: Way) -> bool:
+    def is_cheaper_now(self, way: Way) -> bool:
+        return way.name not in self.had_features and self.are_stored(way)
+
+    def are_stored(self, way: Way) -> bool:
         """Whether another way has left the features of all rows that this one takes."""
         taken = way.features
         return taken is not None and any(one.features == taken and result.complete for one, result in self.every)
@@ -105,7 +110,8 @@ class _Schedule:
         elif points:
             stopped = min(self.deadline, now + PATIENCE * turn)
             job = self.job | {"way": way.name, "points": points, "deadline": now + turn, "known": result.points}
-            job["stored"] = self.stored(way)
+            job["stored"] = self.are_stored(way)
+            self.had_features |= {way.name} if job["stored"] else set()
             ended = self.workers.do(job, stopped, lambda record: self._take(way, result, record))
             self._end(way, result, ended, stopped - now, "the budget" if stopped == self.deadline else "its turn")
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 COMMANDS = {"list", "verify", "prune"}
 # What each takes; a run's YAML file takes the rest.
-CURES = {"root": "; for a run, --set features.store=FOLDER", "store": "; the folder of stores is --root FOLDER"}
 TAKES = {"list": {"root"}, "verify": {"root", "delete"}, "prune": {"root", "to", "store"}}
 OF_A_RUN = {"overrides", "clusters", "processes"}
 
@@ -51,7 +50,9 @@ def _check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) != unset.get(name):
             flag = "--set" if name == "overrides" else f"--{name}"
             where = ", ".join(k for k, v in TAKES.items() if name in v) or "a run's YAML file"
-            raise ConfigError(f"{flag}: for `regraft features` {where}, not for {args.what}{CURES.get(name, '')}")
+            folder = "the folder of stores is --root FOLDER" if "root" in takes else "for a run, --set features.store=FOLDER"
+            cure = f"; {folder}" if name in ("root", "store") else ""
+            raise ConfigError(f"{flag}: for `regraft features` {where}, not for {args.what}{cure}")
     if args.clusters is not None and args.clusters < 2:
         raise ConfigError(f"--clusters {args.clusters}: expected at least 2 groups")
     if args.to is not None and args.store is not None:

@@ -26,6 +26,7 @@ import harness  # noqa: E402
 import layers  # noqa: E402
 import machine  # noqa: E402
 import methods  # noqa: E402
+import multi  # noqa: E402
 import onnx_cpu  # noqa: E402
 import plot  # noqa: E402
 import quality  # noqa: E402
@@ -416,6 +417,51 @@ def test_a_figure_of_a_task_counts_wherever_it_was_measured_with_the_same_settin
     assert tasks.everything_measured([0], options) == [], "other settings, another figure"
 
 
+@pytest.mark.parametrize(
+    ("in_bf16", "counted"), [({}, "fp32"), ({"regraft": [4, 5]}, "fp32"), ({"regraft": [4, 5], "peer": [6]}, "bf16")]
+)
+def test_figures_stand_until_as_many_are_measured_in_another_precision(in_bf16, counted) -> None:
+    every = {"fp32": runs_of(regraft=[1, 2], peer=[3]), "bf16": runs_of(**in_bf16)}
+
+    def known(options: argparse.Namespace) -> list[harness.Run]:
+        assert options.restart is False, "what was not trained again still stands"
+        return every[options.precision]
+
+    assert harness.in_one_precision(known, options_of(precision="bf16", restart=True)) == every[counted]
+
+
+def test_a_figure_of_another_precision_says_which(tmp_path: Path) -> None:
+    options = options_of(quick=False, restart=False, out=tmp_path / "published.json", precision="bf16")
+    fp32 = argparse.Namespace(**vars(options) | {"precision": "fp32"})
+    run = harness.Run("rte", "regraft", 0, 61.5, {"settings": quality.work_folder("rte", "regraft", 0, fp32).name})
+    options.out.write_text(json.dumps({"cases": {"rte": {"runs": [asdict(run)]}}}), encoding="utf-8")
+    assert quality.everything_measured([0], options) == [run]
+    assert quality.precision_of(run, options) == "fp32"
+    together = [harness.Run(name, "regraft", 0, 50.0, {"settings": multi._mark(0, fp32)}) for name in multi.settings()]
+    cases = {one.case: {"runs": [asdict(one)]} for one in together}
+    options.out.write_text(json.dumps({"cases": cases}), encoding="utf-8")
+    assert {one.case for one in multi.everything_measured([0], options, options.out)} == set(multi.settings())
+
+
+def test_a_case_that_is_kept_says_where_it_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "speed.json"
+    harness.publish(SPEED, runs_of(regraft=[1]), options_of(quick=False, out=path), versions={})
+    first = json.loads(path.read_text())
+    path.write_text(json.dumps(first | {"machine": {"cpu": "an old one"}, "command": "before"}), encoding="utf-8")
+    kept = harness.published_cases(path, without=["other"])
+    other = [replace(run, case="other") for run in runs_of(regraft=[2])]
+    harness.publish(SPEED, other, options_of(quick=False, out=path), versions={}, kept=kept)
+    cases = json.loads(path.read_text())["cases"]
+    assert (cases["case"]["measured"]["machine"]["cpu"], cases["case"]["measured"]["command"]) == (
+        "an old one",
+        "before",
+    )
+    assert "measured" not in cases["other"]
+    again = harness.published_cases(path, without=[])
+    assert again["case"]["measured"]["command"] == "before", "and goes on saying so"
+    assert harness.published_cases(path, without=["case"]).keys() == {"other"}
+
+
 def test_a_run_that_goes_on_from_another_depends_on_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     options, name = options_of(), "imdb-1000-adapted"
     before = tasks.work_name(name, 0, options), tasks.work_name("imdb-1000", 0, options)
@@ -426,6 +472,7 @@ def test_a_run_that_goes_on_from_another_depends_on_its_settings(monkeypatch: py
 
 
 def test_every_case_has_figures_that_are_learned_and_targets_that_are_figures() -> None:
+    options = options_of(quick=False)
     for name, case in tasks.CASES.items():
         assert next(iter(case.figures)) == harness.OURS, name
         assert case.beats.keys() <= case.figures.keys() and (case.beats or case.at_least), name
@@ -433,7 +480,10 @@ def test_every_case_has_figures_that_are_learned_and_targets_that_are_figures() 
             assert figure.of in tasks.LEARNINGS, name
             encoder = getattr(tasks.LEARNINGS[figure.of], "encoder", tasks.MINILM)
             assert encoder in {tasks.MINILM, tasks.CHINESE, *tasks.LEARNINGS}, name
-        assert json.loads(json.dumps(tasks.described(name)))["metric"]
+        run = harness.Run(
+            name, harness.OURS, 0, 0.0, {"settings": tasks.work_name(case.figures[harness.OURS].of, 0, options)}
+        )
+        assert json.loads(json.dumps(tasks.described(run, options)))["precision"] == "fp32", name
 
 
 def test_less_perplexity_is_a_gain() -> None:

@@ -32,7 +32,7 @@ def test_advice_names_the_cheapest_of_those_that_cannot_be_told_apart():
     assert "noise" in said
     assert "100 times the training time" in said
     quick = [result("quick", [0.912, 0.908], 1.9), result("slow", [0.80, 0.805], 100.0)]
-    assert "for a 50th of its training time" in advice(quick, "accuracy", True)
+    assert "for 1/50 of its training time" in advice(quick, "accuracy", True)
     clear = [result("cheap", [0.80, 0.805], 1.0), result("dear", [0.912, 0.908], 100.0)]
     assert advice(clear, "accuracy", True).startswith("Use dear: accuracy 91.0")
     assert "10.8 points ahead of cheap" in advice(clear, "accuracy", True)

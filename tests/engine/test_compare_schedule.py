@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +91,48 @@ def test_a_way_whose_features_another_one_has_made_is_not_left_out_for_the_time_
     results = compare(load_config(make_config()), ways, budget=110.0, seeds=1, shares=shares)
     assert pretended.done[-2:] == [("linear", 1.0, 0), ("logistic", 1.0, 0)]
     assert [r.why for r in results] == ["", "on all rows it would take about 50 s, more than was left", "", ""]
+
+
+def test_features_that_were_there_already_make_no_way_cheaper(make_config, monkeypatch):
+    ways = ("majority", "logistic", "cnn", "linear", "full")
+    seconds = {("cnn", 1.0): 42.0, ("linear", 1.0): 60.0}
+    pretended = Pretended(monkeypatch, seconds)
+    *_, linear, _ = compare(load_config(make_config()), ways, budget=90.0, seeds=1, shares=[0.1, 1.0])
+    assert ("cnn", 1.0, 0) in pretended.done and not linear.complete  # the shorter of the two that waited
+    pretended.done.clear()
+    pretended.seconds = {("cnn", 1.0): 90.0, ("linear", 1.0): 1e6}
+    compare(load_config(make_config()), ways, budget=160.0, seeds=2, shares=[1.0])
+    assert pretended.done[-1] == ("full", 1.0, 1), "it was not begun again with all that was left"
+
+
+def test_ways_with_the_same_features_are_known_by_their_settings(make_config):
+    from regraft.engine.compare.ways import WAYS, configured
+    from regraft.engine.compare.worker import within_depth
+    from regraft.engine.features.spec import feature_spec
+
+    config = load_config(make_config())
+    taking = [way for way in WAYS if way.features is not None]
+    runs = {way.name: within_depth(configured(config, way, seed=0, run="x", rows=64)) for way in taking}
+    keys = {name: feature_spec(run)[0] for name, run in runs.items()}
+    assert set(keys) == {"centroid", "logistic", "linear", "mix", "bilstm"}
+    for one in taking:
+        for other in taking:
+            assert (one.features == other.features) == (keys[one.name] == keys[other.name]), (one.name, other.name)
+
+
+def test_a_worker_counts_on_features_that_are_stored(make_config, tmp_path, capsys):
+    from regraft.engine.compare.worker import work
+
+    data = {"store": str(tmp_path / "store")}
+    config = load_config(make_config(features=data, training={"threads": 1}))
+    few = {"share": 0.1, "rows": 6, "held": 6, "wall_seconds": 91.0, "prepare_seconds": 90.0}
+    known = [few | {"seed": 0, "steps": 1, "step_seconds": 0.1}]
+    for stored, told in ((False, "needs"), (True, "metrics")):
+        job = {"config": config.model_dump(mode="json", exclude_unset=True), "way": "logistic", "folds": 0}
+        job |= {"folder": str(tmp_path), "deadline": time.time() + 200, "known": known, "points": [(1.0, 0)]}
+        assert work(job | {"stored": stored}) == 0
+        first, memory = map(json.loads, capsys.readouterr().out.splitlines()[-2:])
+        assert told in first and "memory_mb" in memory
 
 
 def test_ways_that_take_all_their_time_leave_some_for_those_behind_them(make_config, monkeypatch):

@@ -415,10 +415,14 @@ def test_pruning_deletes_what_was_used_longest_ago(config_of, tmp_path):
     ("arguments", "told"),
     [
         (("RUN", "--root", "X"), r"--root: for `regraft features` list, verify, prune, .* features.store=FOLDER"),
+        (("RUN", "--store", "x"), r"not for .*; for a run, --set features.store=FOLDER"),
         (("RUN", "--to", "3"), "--to: for `regraft features` prune, not for"),
         (("RUN", "--delete"), "--delete: for `regraft features` verify"),
         (("RUN", "--clusters", "0"), "--clusters 0: expected at least 2"),
-        (("list", "--store", "x"), "not for list; the folder of stores is --root FOLDER"),
+        (
+            ("list", "--store", "x"),
+            "--store: for `regraft features` prune, not for list; the folder of stores is --root FOLDER",
+        ),
         (("list", "--clusters", "3"), "--clusters: for `regraft features` a run's YAML file, not for list"),
         (("list", "--set", "run=x"), "--set: for `regraft features` a run's YAML file"),
         (("prune", "--to", "nan"), "prune: say how much may stay"),
