@@ -50,7 +50,9 @@ def _check_options(args: argparse.Namespace) -> None:
         if getattr(args, name) != unset.get(name):
             flag = "--set" if name == "overrides" else f"--{name}"
             where = ", ".join(k for k, v in TAKES.items() if name in v) or "a run's YAML file"
-            folder = "the folder of stores is --root FOLDER" if "root" in takes else "for a run, --set features.store=FOLDER"
+            folder = (
+                "the folder of stores is --root FOLDER" if "root" in takes else "for a run, --set features.store=FOLDER"
+            )
             cure = f"; {folder}" if name in ("root", "store") else ""
             raise ConfigError(f"{flag}: for `regraft features` {where}, not for {args.what}{cure}")
     if args.clusters is not None and args.clusters < 2:
