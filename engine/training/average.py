@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import secrets
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from regraft.engine.training.together import agreed
+from regraft.engine.training.together import agreed, wait_until
 
 MESSAGE_BYTES = 32 << 20  # enough that a network's latency does not show, and little beside the gradients
-Address = tuple[str, str, bytes]  # of memory: where its path holds, its path, and its last bytes
+Address = tuple[str, int, str, bytes]  # of memory: where the rest holds, whose it is, its path, and its last bytes
 SHARED_BYTES = 8 << 20  # of a message in shared memory: it stays in the processor's caches
+COUNT_BYTES = 64  # a cache line
+# Here what a process writes is seen by others in the order in which it was written.
+IN_ORDER = platform.machine() in ("x86_64", "AMD64")
 
 
 class Average:
@@ -63,11 +68,15 @@ class _Shared:
 
     A message has a share for each process. Each writes those of the others to its part, averages its own over what they
     wrote, writes that too, and reads the others'. Messages use two places in turn, so that one who is a message ahead
-    overwrites nothing that another still reads.
+    overwrites nothing that another still reads. How often it has met the others each counts behind its part: a barrier
+    through sockets takes up to a millisecond where all processors are at work, and there are two for a message.
     """
 
-    def __init__(self, parts: list[Tensor], rank: int) -> None:
-        self._parts, self._rank, self._place = parts, rank, 0
+    def __init__(self, parts: list[mmap.mmap], owners: list[int], rank: int) -> None:
+        """`owners`: process ids, by rank."""
+        self._parts = [torch.frombuffer(part, dtype=torch.uint8, count=2 * SHARED_BYTES) for part in parts]
+        self._counts = [memoryview(part)[2 * SHARED_BYTES :][:8].cast("Q") for part in parts]
+        self._owners, self._rank, self._place = owners, rank, 0
 
     @classmethod
     def of_all(cls, processes: int) -> _Shared | None:
@@ -77,9 +86,9 @@ class _Shared:
         mark = secrets.token_bytes(16)
         own: tuple[int, mmap.mmap] | None = None
         try:
-            own = _made(2 * SHARED_BYTES + len(mark))
+            own = _made(2 * SHARED_BYTES + COUNT_BYTES + len(mark))
             own[1][-len(mark) :] = mark
-            address: Address | None = (_where(), f"/proc/{os.getpid()}/fd/{own[0]}", mark)
+            address: Address | None = (_where(), os.getpid(), f"/proc/{os.getpid()}/fd/{own[0]}", mark)
         except (OSError, AttributeError):  # no such memory, or not on this system
             address = None
         addresses: list[Address | None] = [None] * processes
@@ -90,12 +99,24 @@ class _Shared:
             os.close(own[0])  # all that could open it have done so
         if not everywhere:
             return None
-        parts = [torch.frombuffer(part, dtype=torch.uint8, count=2 * SHARED_BYTES) for part in seen if part is not None]
-        return cls(parts, dist.get_rank())
+        owners = [some[1] for some in addresses if some is not None]
+        return cls([part for part in seen if part is not None], owners, dist.get_rank())
+
+    def meet(self) -> None:
+        """Wait until all processes have come here as often as this one."""
+        if not IN_ORDER:
+            torch.distributed.barrier()
+            return
+        count = self._counts[self._rank][0] = self._counts[self._rank][0] + 1
+
+        def is_here(rank: int) -> bool:
+            return self._counts[rank][0] >= count
+
+        for rank, owner in enumerate(self._owners):
+            if not is_here(rank):
+                wait_until(partial(is_here, rank), owner)
 
     def average(self, message: Sequence[list[Tensor]]) -> None:
-        import torch.distributed as dist
-
         count, dtype = len(self._parts), message[0][0].dtype
         place, room = self._place * SHARED_BYTES, SHARED_BYTES // count // dtype.itemsize * dtype.itemsize
         self._place = 1 - self._place
@@ -110,14 +131,14 @@ class _Shared:
         for n in others:
             if n < len(message):
                 torch._foreach_copy_(views(self._rank, n), message[n])
-        dist.barrier()
+        self.meet()
         if self._rank < len(message):
             own = message[self._rank]
             for n in others:
                 torch._foreach_add_(own, views(n, self._rank))
             torch._foreach_div_(own, count)
             torch._foreach_copy_(views(self._rank, self._rank), own)
-        dist.barrier()
+        self.meet()
         for n in others:
             if n < len(message):
                 torch._foreach_copy_(message[n], views(n, n))
@@ -145,13 +166,13 @@ def _seen(address: Address | None) -> mmap.mmap | None:
     """The memory at an address; None where this process cannot see it, on another machine or in another container."""
     if address is None:
         return None
-    where, path, mark = address
+    where, _, path, mark = address
     try:
         if where != _where():
             return None
         file = os.open(path, os.O_RDWR)
         try:
-            found = mmap.mmap(file, 2 * SHARED_BYTES + len(mark))
+            found = mmap.mmap(file, 2 * SHARED_BYTES + COUNT_BYTES + len(mark))
         finally:
             os.close(file)
     except (OSError, ValueError):

@@ -127,12 +127,12 @@ class Stepper:
             if self.graphed is not None:
                 self.graphed.forget()
             torch.cuda.empty_cache()
-        processes = self.accelerator.num_processes
-        if self.shards is None:
-            if self._average is None:
-                self._average = Average(processes, self.accelerator.device)
-            self._average([p.grad for p in self.parameters if p.grad is not None])
-        return self.accelerator.reduce(lost, reduction="mean") if processes > 1 else lost
+        if self.shards is not None:
+            return self.accelerator.reduce(lost, reduction="mean")
+        if self._average is None:
+            self._average = Average(self.accelerator.num_processes, self.accelerator.device)
+        self._average([*(p.grad for p in self.parameters if p.grad is not None), lost])
+        return lost
 
     def _take_less(self, step: int, rows: np.ndarray, error: Exception) -> None:
         """Halve the token budget. Raises MemoryShortError where that is of no use."""

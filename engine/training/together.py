@@ -7,15 +7,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from regraft.engine.errors import ConfigError, LostProcessError, RegraftError, TrainingError
 
 ROLL_CALL_SECONDS = 5.0
 STORE_SECONDS = 10.0
+YIELDS = 20_000  # of a waiting process before it sleeps: some milliseconds, which is how far ranks are apart in a step
+NAP_SECONDS = 0.0005
+_patience = 1800.0  # seconds, as limit_waiting has set it; until then torch's own
 
 
 def rank() -> int:
@@ -71,7 +75,38 @@ def limit_waiting(timeout: float, group: Any = None) -> None:
     """How long, in seconds, an operation of `group` (None: of all processes) waits for the others."""
     from torch.distributed.distributed_c10d import _set_pg_timeout
 
+    global _patience
+    if group is None:
+        _patience = timeout
     _set_pg_timeout(timedelta(seconds=timeout), group)
+
+
+class _OthersLostError(RuntimeError):
+    """Waited in vain for another process of this machine."""
+
+
+def wait_until(holds: Callable[[], bool], process: int) -> None:
+    """Wait, as long as operations of all processes may, for what another process of this machine does; it has the
+    processor meanwhile where there are fewer than processes. `process`: its id."""
+    for _ in range(YIELDS):
+        if holds():
+            return
+        os.sched_yield()
+    until = time.monotonic() + _patience
+    while not holds():
+        if time.monotonic() > until:
+            raise _OthersLostError(f"timed out waiting for process {process}")
+        if not _lives(process) and not holds():
+            raise _OthersLostError(f"process {process} is gone")
+        time.sleep(NAP_SECONDS)
+
+
+def _lives(process: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"  # proc_pid_stat(5)
 
 
 def _met() -> bool:
@@ -145,7 +180,7 @@ def has_lost_others(error: BaseException) -> bool:
     """Whether an operation failed because another process is gone, or did not come to it in time."""
     from torch import distributed
 
-    if isinstance(error, getattr(distributed, "DistError", ())):
+    if isinstance(error, (_OthersLostError, *filter(None, [getattr(distributed, "DistError", None)]))):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 

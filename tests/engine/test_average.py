@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from ranks import ended, start_ranks
+from regraft.engine.training import together
 
 AVERAGE = """
 import sys, torch
@@ -15,6 +19,8 @@ from regraft.engine.training.together import meet, processes, rank
 how, rank, count = sys.argv[1], rank(), processes()
 meet(60)
 module.SHARED_BYTES = 4096
+if how == "sockets":
+    module.IN_ORDER = False
 if how == "blind" and rank == 1:
     module._seen = lambda address: None
 if how == "no memory" and rank == 0:
@@ -34,7 +40,9 @@ torch.save((found, average._shared is not None), "found.pt")
 """
 
 
-@pytest.mark.parametrize(("how", "count"), [("shared", 2), ("shared", 3), ("blind", 3), ("no memory", 2)])
+@pytest.mark.parametrize(
+    ("how", "count"), [("shared", 2), ("shared", 3), ("sockets", 3), ("blind", 3), ("no memory", 2)]
+)
 def test_every_process_ends_with_the_mean_of_all(tmp_path, count, how):
     folders = [tmp_path / str(rank) for rank in range(count)]
     for folder in folders:
@@ -42,10 +50,28 @@ def test_every_process_ends_with_the_mean_of_all(tmp_path, count, how):
     for code, errors in ended(start_ranks([how], folders, program=("-c", AVERAGE))):
         assert code == 0, errors
     each, shared = zip(*(torch.load(folder / "found.pt") for folder in folders), strict=True)
-    assert shared == ((how == "shared"),) * count  # all of them, or none
+    assert shared == ((how in ("shared", "sockets")),) * count  # all of them, or none
     for of_step in zip(*each, strict=True):
         for numbers in range(len(of_step[0][0])):
             mean = torch.stack([before[numbers].double() for before, _ in of_step]).mean(0)
             for _, after in of_step:
                 torch.testing.assert_close(after[numbers].double(), mean, rtol=1e-6, atol=1e-7)
                 assert torch.equal(after[numbers], of_step[0][1][numbers])  # bit for bit the same everywhere
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_nobody_waits_for_a_process_that_is_gone_or_for_ever(monkeypatch):
+    monkeypatch.setattr(together, "_patience", 0.3)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        waited = iter([False] * (together.YIELDS + 3) + [True])
+        together.wait_until(lambda: next(waited), other.pid)
+        with pytest.raises(RuntimeError, match=f"timed out waiting for process {other.pid}") as error:
+            together.wait_until(lambda: False, other.pid)
+        assert together.has_lost_others(error.value)
+        other.kill()
+        monkeypatch.setattr(together, "_patience", 60.0)
+        with pytest.raises(
+            RuntimeError, match=f"process {other.pid} is gone"
+        ) as error:  # nobody has asked for its exit code
+            together.wait_until(lambda: False, other.pid)
+        assert together.has_lost_others(error.value)
