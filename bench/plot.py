@@ -96,7 +96,8 @@ def panels(result: dict[str, Any], plt: Any) -> Figure:
         axis.set_xlim(0, scale)
         axis.set_ylim(len(who_is) - 0.45, -0.55)
         axis.set_yticks(range(len(who_is)), who_is)
-        axis.set_title(f"{name}{elsewhere(result, case)}", loc="left", fontsize=10.5, fontweight="bold", pad=5)
+        axis.set_title(name, loc="left", fontsize=10.5, fontweight="bold", pad=5)
+        axis.set_title(elsewhere(result, case), loc="right", fontsize=8, color=SOFT, pad=5)
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}" if value < 1000 else f"{value:,.0f}")
         tidy(axis)
     better = "more is better" if result["higher_is_better"] else "less is better"
@@ -193,9 +194,11 @@ def colours(everyone: list[str]) -> dict[str, str]:
 
 def elsewhere(result: dict[str, Any], case: dict[str, Any]) -> str:
     """Where and when a case was measured if that was not on the machine that the picture names."""
-    measured = case.get("measured", result)
-    cpu = measured["machine"]["cpu"]
-    return "" if cpu == result["machine"]["cpu"] else f"   ({cpu}, {measured['date']})"
+    measured, kind = case.get("measured", result), ("cpu", "flags")
+    if all(measured["machine"].get(key) == result["machine"].get(key) for key in kind):
+        return ""
+    cpu = measured["machine"]["cpu"].replace("(R)", "").removesuffix(" Processor")
+    return f"{cpu}, {measured['date']}"
 
 
 def turns(case: dict[str, Any], who: str) -> list[float]:
