@@ -13,6 +13,10 @@ from torch import Tensor
 
 from regraft.kernels.linear_native import HALF, LowRank
 
+SIDE = (
+    8  # ranks of a low-rank term are a multiple of it: what the rest of a vector would hold costs as much as the rank
+)
+
 
 def filled(rows: int) -> int:
     """`rows` rounded up to one of eight numbers between powers of two, and to a multiple of sixteen."""

@@ -4,8 +4,8 @@
     v = dy s B,  dx = dy W + v A,   dA = v^T x,   dB = s dy^T u        x, W, b, A, B, u, v, y, dx in bf16; dA, dB in fp32
 
 Layers that share their input are one product: their A_i stand one below the other, their B_i on the diagonal of one matrix.
-Shape: x [T, K]; n layers of M outputs each, rank r; A [R, K], B [n M, R], where R is n r rounded up to what tiles hold and
-the rest is zero. A frozen weight is cast once, A and B once an optimizer step; the weights that peft sees stay fp32.
+Shape: x [T, K]; n layers of M outputs each, rank r; A [R, K], B [n M, R], where R is n r rounded up to what is multiplied
+together and the rest is zero. A frozen weight is cast once, A and B once an optimizer step; the weights that peft sees stay fp32.
 Dropout on the way to A and DoRA's magnitudes are not among these sums: such layers stay peft's.
 """
 
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from regraft.engine.half_weights import HALF, HalfWeights, products, shaped
-from regraft.kernels import linear_native
 
 ADAPTER = "default"
 
@@ -80,7 +79,7 @@ class HalfLora:
 
     def _cast(self) -> tuple[Tensor, Tensor]:
         rank, inputs = self.downs[0].shape
-        side = linear_native.SIDE
+        side = products(self.base.current()[0]).SIDE
         whole = -(-rank * len(self.layers) // side) * side
         down = self.downs[0].new_zeros(whole, inputs, dtype=HALF)
         up = self.downs[0].new_zeros(sum(len(one) for one in self.ups), whole, dtype=HALF)
