@@ -180,7 +180,7 @@ def has_lost_others(error: BaseException) -> bool:
     """Whether an operation failed because another process is gone, or did not come to it in time."""
     from torch import distributed
 
-    if isinstance(error, (_OthersLostError, *filter(None, [getattr(distributed, "DistError", None)]))):
+    if isinstance(error, _OthersLostError | getattr(distributed, "DistError", _OthersLostError)):
         return True
     return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
 
