@@ -176,3 +176,13 @@ class FullDisk:
     def make_room(self) -> None:
         self._fill.unlink()
         subprocess.run(["mount", "-o", "remount,size=50m", self.path], check=True)
+
+
+@pytest.fixture
+def any_precision():
+    """A process has one precision, unless it is told to forget it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

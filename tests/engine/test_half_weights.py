@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification
 
 from regraft.engine.half_weights import bind_half_weights
@@ -152,14 +151,6 @@ def test_padded_running_takes_them_off_again(tiny_model):
     _, half = pair(tiny_model)
     half.run_padded("to see")
     assert not any("forward" in vars(m) for m in half.model.modules())
-
-
-@pytest.fixture
-def any_precision():
-    """A process has one precision, unless it is told to forget it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_in_bf16_on_a_cpu_holds_them(make_config, tmp_path, monkeypatch, any_precision):

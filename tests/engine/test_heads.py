@@ -271,7 +271,7 @@ def test_several_heads_over_one_encoder_make_one_bundle_that_runs_it_once(frozen
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_pairs_of_few_rows_pull_the_classes_apart(frozen, precision):
+def test_pairs_of_few_rows_pull_the_classes_apart(frozen, precision, any_precision):
     from regraft.engine.heads.contrastive import PairPlan
 
     learning = ("training.epochs=10", "training.learning_rate=1e-3", f"training.precision={precision}")
