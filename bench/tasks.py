@@ -32,6 +32,7 @@ from harness import (
     Run,
     Target,
     TurnFailed,
+    add_precision,
     arguments,
     in_one_precision,
     publish,
@@ -240,9 +241,7 @@ def main() -> None:
     known = [*CASES, multi.NAME]
     parser.add_argument("--only", default=",".join(known), help="cases, with commas (%(default)s)")
     parser.add_argument("--seeds", default="0,1,2", help="with commas (%(default)s)")
-    parser.add_argument(
-        "--precision", choices=("auto", *machine.PRECISIONS), default="auto", help="of all sides (%(default)s)"
-    )
+    add_precision(parser)
     parser.add_argument("--restart", action="store_true", help="train again what was trained before")
     options = parser.parse_args()
     names = [name.strip() for name in options.only.split(",")]
