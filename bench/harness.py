@@ -335,6 +335,12 @@ def in_one_precision(known: Callable[[argparse.Namespace], list[Run]], options: 
     return max((known(argparse.Namespace(**vars(options) | some)) for some in settings), key=len)
 
 
+def precision_of(run: Run, mark: Callable[[argparse.Namespace], str], options: argparse.Namespace) -> str:
+    """What a figure was measured in, which is part of its settings' mark. `mark`: of the settings, by options."""
+    every = (argparse.Namespace(**vars(options) | {"precision": precision}) for precision in machine.PRECISIONS)
+    return {mark(some): some.precision for some in every}[run.details["settings"]]
+
+
 def command_line() -> str:
     """The command as it is typed in the repository root."""
     script = Path(sys.argv[0]).resolve()

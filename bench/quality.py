@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 import sources
 from environments import encoder_folder, our_versions, peer_python, versions
@@ -117,10 +118,7 @@ def everything_measured(seeds: list[int], options: argparse.Namespace) -> list[R
 
 
 def precision_of(run: Run, options: argparse.Namespace) -> str:
-    """What a figure was measured in, which is part of its settings' mark."""
-    every = (argparse.Namespace(**vars(options) | {"precision": precision}) for precision in machine.PRECISIONS)
-    marks = {work_folder(run.case, run.who, run.round, some).name: some.precision for some in every}
-    return marks[run.details["settings"]]
+    return harness.precision_of(run, lambda some: work_folder(run.case, run.who, run.round, some).name, options)
 
 
 def known(name: str, seeds: list[int], options: argparse.Namespace) -> list[Run]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import harness
 import machine
 import multi
 import sources
@@ -350,11 +351,8 @@ def described(run: Run, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def precision_of(run: Run, options: argparse.Namespace) -> str:
-    """What a figure was measured in, which is part of its settings' mark."""
     learned = CASES[run.case].figures[run.who].of
-    every = (argparse.Namespace(**vars(options) | {"precision": precision}) for precision in machine.PRECISIONS)
-    marks = {work_name(learned, run.round, some): some.precision for some in every}
-    return marks[run.details["settings"]]
+    return harness.precision_of(run, lambda some: work_name(learned, run.round, some), options)
 
 
 def earlier(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any] | None:

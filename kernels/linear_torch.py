@@ -13,9 +13,7 @@ from torch import Tensor
 
 from regraft.kernels.linear_native import HALF, LowRank
 
-SIDE = (
-    8  # ranks of a low-rank term are a multiple of it: what the rest of a vector would hold costs as much as the rank
-)
+SIDE = 8  # ranks of a low-rank term are filled up to a multiple of it, as linear_native.SIDE
 
 
 def filled(rows: int) -> int:
