@@ -33,8 +33,8 @@ def compare(
     say: Say = lambda line: None,
     measured: Callable[[list[Result]], object] = lambda results: None,
 ) -> list[Result]:
-    """Measure the ways within about `budget` seconds. `folds`: 0, or k parts that are held out in turn, as the seeds;
-    `measured`: told all results after each point that is finished."""
+    """Measure the ways within `budget` seconds, and 5 more for a point that is late. `folds`: 0, or k parts that are held out
+    in turn, as the seeds; `measured`: told all results after each point that is finished."""
     deadline = time.time() + budget
     ways = available(config, names)
     results = [Result(w.name, w.title, why=why, folds=folds > 0, seeded=w.seeded) for w, why in ways]

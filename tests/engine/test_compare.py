@@ -149,6 +149,16 @@ def test_the_way_over_four_layers_takes_those_there_are(make_config, tmp_path):
     assert len(way["points"]) == 1, way["why"]
 
 
+def test_the_command_ends_within_its_budget(make_config):
+    path = make_config(training={"epochs": 5000, "threads": 1})
+    command, whole = ("compare", path, "--ways", "full", "--budget", "30s"), dict(os.environ)
+    began = time.monotonic()
+    done = regraft(*command, timeout=90, env=whole)
+    took = time.monotonic() - began
+    assert "stopped: the budget was used up" in done.stdout
+    assert took < 32
+
+
 def test_the_budget_is_kept(make_config, tmp_path):
     config = load_config(make_config(training={"epochs": 5000, "threads": 1}))
     began = time.monotonic()
