@@ -169,15 +169,19 @@ def framed(figure: Figure, result: dict[str, Any], height: float) -> Figure:
     machine = result["machine"]
     on = machine.get("gpu") or f"{machine['cpu']}, {result['threads']} of {machine['cores']} cores"
     turned = max(len(turns(case, who)) for case in result["cases"].values() for who in case["medians"])
-    below = (
-        f"{on}; bars: medians, dots: {turned} turn{'s' if turned > 1 else ''}\n{result['command']}, {result['date']}"
-    )
+    below = f"{on}; bars: medians, dots: {turned} turn{'s' if turned > 1 else ''}\n{command(result)}, {result['date']}"
     title = headline(result)
     above = 0.38 + 0.22 * title.count("\n")
     figure.text(0.2 / WIDTH, 1 - 0.12 / height, title, va="top", fontsize=11.5, fontweight="bold")
     figure.text(0.2 / WIDTH, 0.1 / height, below, va="bottom", fontsize=8, color=SOFT, linespacing=1.35)
     figure.tight_layout(rect=(0.01, 0.42 / height, 0.99, 1 - above / height), h_pad=0.9)
     return figure
+
+
+def command(result: dict[str, Any]) -> str:
+    """What measured the cases; without its options where they were measured in pieces."""
+    given = {case.get("measured", result)["command"] for case in result["cases"].values()}
+    return given.pop() if len(given) == 1 else f"{' '.join(result['command'].split()[:2])} (in pieces)"
 
 
 def contestants(result: dict[str, Any]) -> list[str]:
