@@ -7,11 +7,11 @@ each time it is used, and puts a merged projection together in fp32 first. Here 
 once an optimizer step. Parameters, state dict and what is saved stay in fp32 and never notice. AdamW in C, which has every
 weight at hand, writes the copies of those it changes (`copies_written`), so that nothing is left to cast.
 
-Where the processor multiplies tiles, products are our own (kernels/linear_native.py): any number of rows, GELU in the same
-pass, gradients of weights in fp32 as they were added up. Elsewhere they are oneDNN's (linear_torch.py), and rows are filled up
-with zeros to one of eight numbers between a power of two and the next: oneDNN makes machine code anew for every shape of a bf16 product
-that it has not seen, and packed batches hardly ever have as many rows as one before (18 ms for the products of a MiniLM
-layer of known shape, 87 ms of a new one).
+Where the processor multiplies bf16 by tiles or by vectors, products are our own (kernels/linear_native.py): any number
+of rows, GELU in the same pass, gradients of weights in fp32 as they were added up. Elsewhere they are torch's
+(linear_torch.py), and rows are filled up with zeros to one of eight numbers between a power of two and the next: oneDNN
+makes machine code anew for every shape of a bf16 product that it has not seen, and packed batches hardly ever have as
+many rows as one before (18 ms for the products of a MiniLM layer of known shape, 87 ms of a new one).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _beside(held: Tensor | None, masters: Sequence[Tensor]) -> Tensor:
 
 
 def products(weight: Tensor) -> Any:
-    """Whose products a weight [O, I] in bf16 takes part in: on tiles in C where there are some, else torch's."""
+    """Whose products a weight [O, I] in bf16 takes part in: our own in C where the processor has what they need, else torch's."""
     return linear_native if linear_native.runs_here(weight) else linear_torch
 
 

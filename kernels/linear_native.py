@@ -1,17 +1,23 @@
-"""Linear layers in bf16 on a processor that multiplies tiles (AMX), in C, on CPU (native_linear.c).
+"""Linear layers in C, on CPU: in bf16 by tiles (AMX, native_linear.c) or by vectors of pairs, in fp32 by vectors (AVX-512,
+native_products.c).
 
     y = x W^T + b,   h = gelu(y)                       dx = dy W,   dW = dy^T x,   db = sum dy
 
 Products with W may have a low-rank term added in the same sums: y + u B^T, dx + v A.
 
-Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16; dW [O, I] and db [O] in fp32, as they were added up. I and O are
-multiples of 32; anything else raises ValueError. 2 T I O FLOPs each; bytes moved: 2 (T I + T O + 2 O I) forward and for dx, 4 (T I + T O) + 4 O I for dW.
+Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16 or all fp32; dW [O, I] and db [O] in fp32, as they were
+added up. I and O are multiples of 32; anything else raises ValueError. 2 T I O FLOPs each; bytes moved, of n a number:
+n (T I + T O + 2 O I) forward and for dx, 2 n (T I + T O) + 4 O I for dW.
+
+fp32 is for processors that MKL, which multiplies for torch, does not know well: on an AMD EPYC with AVX-512 its products of fp32
+reach 190 GFLOP/s of 512 that two cores have, these 430. On Intel's they are MKL's.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,32 +29,45 @@ from regraft.kernels.native import at
 SIDE = 32  # rows and columns that are multiplied together, as in native_tiles.h
 STRIP = 256  # rows whose sums are added up together, as in native_linear.c
 HALF = torch.bfloat16
+TILES = ("regraft_linear", "regraft_linear_slopes", "regraft_gelu_slopes")
+VECTORS = ("regraft_product", "regraft_slopes", "regraft_slopes_of_gelu")
 LowRank = tuple[Tensor, Tensor] | None
 
 
 class _Product(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("a", "b", "bias", "out", "active", "more", "beside", "room")),
-        *((name, ctypes.c_int64) for name in ("rows", "inner", "wide", "thin", "turned")),
+        *((name, ctypes.c_int64) for name in ("rows", "inner", "wide", "thin", "turned", "half")),
     ]
 
 
 class _Slopes(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("dy", "x", "dw", "db", "room")),
-        *((name, ctypes.c_int64) for name in ("rows", "outputs", "inputs")),
+        *((name, ctypes.c_int64) for name in ("rows", "outputs", "inputs", "half")),
     ]
 
 
 def runs_here(weight: Tensor) -> bool:
-    """Whether products with this weight [O, I] in bf16 are computed in C."""
-    fits = weight.dtype == HALF and weight.dim() == 2 and weight.numel() > 0 and not any(n % SIDE for n in weight.shape)
-    return fits and native.takes(weight) and _tiles()
+    """Whether products with this weight [O, I] are computed in C."""
+    fits = weight.dim() == 2 and weight.numel() > 0 and not any(n % SIDE for n in weight.shape)
+    return fits and native.takes(weight) and _form(weight.dtype) is not None
 
 
 @cache
-def _tiles() -> bool:
-    return bool(native.call("regraft_linear_here", 1))
+def _form(dtype: torch.dtype) -> tuple[str, str, str] | None:
+    """The functions in C for products, gradients of weights, and of GELU."""
+    if dtype == HALF and native.call("regraft_linear_here", 1):
+        return TILES
+    vectors = native.call("regraft_products_here", 1)
+    if vectors == 2 if dtype == HALF else vectors and not _by_intel():
+        return VECTORS
+    return None
+
+
+def _by_intel() -> bool:
+    with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as about:
+        return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in about)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -58,7 +77,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None) -> Tensor:
     """x W^T + b, and + u B^T of `low`, which is (u, B). Shape: x [T, I], weight [O, I], bias [O], u [T, R], B [O, R] -> [T, O],
-    all bf16; R as I and O."""
+    all of one type; R as I and O."""
     out = x.new_empty(len(x), len(weight))
     _product(x, weight, bias, low, out, None, turned=True)
     return out
@@ -75,35 +94,36 @@ def linear_gelu(
 
 
 def input_gradient(dy: Tensor, weight: Tensor, low: LowRank = None) -> Tensor:
-    """dy W, and + v A of `low`, which is (v, A). Shape: dy [T, O], weight [O, I], v [T, R], A [R, I] -> [T, I], all bf16."""
+    """dy W, and + v A of `low`, which is (v, A). Shape: dy [T, O], weight [O, I], v [T, R], A [R, I] -> [T, I]."""
     out = dy.new_empty(len(dy), weight.shape[1])
     _product(dy, weight, None, low, out, None, turned=False)
     return out
 
 
 def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I], bf16 -> [O, I], [O] in fp32."""
+    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I] -> [O, I], [O] in fp32."""
     dy, x = dy.contiguous(), x.contiguous()
     (rows, outputs), inputs = dy.shape, x.shape[1]
-    _expect("x", x, (rows, inputs))
-    _expect("dy", dy, (rows, outputs))
+    _expect("x", x, (rows, inputs), dy.dtype)
+    _expect("dy", dy, (rows, outputs), dy.dtype)
     dw = dy.new_empty(outputs, inputs, dtype=torch.float32)
     db = dy.new_empty(outputs, dtype=torch.float32) if bias else None
     padded, strips = -(-rows // SIDE) * SIDE, -(-rows // STRIP)
-    room = dy.new_empty(padded * (outputs + inputs) + 2 * strips * outputs)
+    packed = padded * (outputs + SIDE + inputs) * dy.element_size()
+    room = dy.new_empty(packed + 4 * strips * outputs, dtype=torch.uint8)
     addresses = (None if t is None else t.data_ptr() for t in (dy, x, dw, db, room))
-    problem = _Slopes(*addresses, rows, outputs, inputs)
-    _call("regraft_linear_slopes", ctypes.byref(problem))
+    problem = _Slopes(*addresses, rows, outputs, inputs, int(dy.dtype == HALF))
+    _call(1, dy.dtype, ctypes.byref(problem))
     return dw, db
 
 
 def gelu_gradient(dh: Tensor, y: Tensor) -> Tensor:
-    """dh times gelu's slope at y. Shape: dh, y [T, O] -> [T, O], all bf16."""
+    """dh times gelu's slope at y. Shape: dh, y [T, O] -> [T, O]."""
     dh, y = dh.contiguous(), y.contiguous()
-    _expect("dh", dh, tuple(y.shape))
-    _expect("y", y, tuple(y.shape))
+    _expect("dh", dh, tuple(y.shape), dh.dtype)
+    _expect("y", y, tuple(y.shape), dh.dtype)
     dy = torch.empty_like(dh)
-    _call("regraft_gelu_slopes", at(dh), at(y), at(dy), dh.numel())
+    _call(2, dh.dtype, at(dh), at(y), at(dy), dh.numel(), int(dh.dtype == HALF))
     return dy
 
 
@@ -120,33 +140,37 @@ def _product(
     a, weight = a.contiguous(), weight.contiguous()
     inner, wide = reversed(weight.shape) if turned else weight.shape
     rows, thin = len(a), 0
-    _expect("x" if turned else "dy", a, (rows, inner))
+    kind = weight.dtype
+    _expect("x" if turned else "dy", a, (rows, inner), kind)
     for side in (weight, weight.T):
-        _expect("weight", side, tuple(side.shape))
+        _expect("weight", side, tuple(side.shape), kind)
     more = beside = None
     if low is not None:
         more, beside = (part.contiguous() for part in low)
         thin = more.shape[-1]
-        _expect("low[0]", more, (rows, thin))
-        _expect("low[1]", beside, (wide, thin) if turned else (thin, wide))
+        _expect("low[0]", more, (rows, thin), kind)
+        _expect("low[1]", beside, (wide, thin) if turned else (thin, wide), kind)
     if bias is not None:
         bias = bias.contiguous()
-        _expect("bias", bias, (wide,))
+        _expect("bias", bias, (wide,), kind)
     room = a.new_empty((inner + thin) * (wide + SIDE))
     addresses = (None if t is None else t.data_ptr() for t in (a, weight, bias, out, active, more, beside, room))
-    problem = _Product(*addresses, rows, inner, wide, thin, int(turned))
-    _call("regraft_linear", ctypes.byref(problem))
+    problem = _Product(*addresses, rows, inner, wide, thin, int(turned), int(kind == HALF))
+    _call(0, kind, ctypes.byref(problem))
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> None:
     # raw addresses go to C: another shape would read what is not there
-    if x.dtype != HALF or x.device.type != "cpu" or tuple(x.shape) != shape:
+    if x.dtype != kind or kind not in native.TYPES or x.device.type != "cpu" or tuple(x.shape) != shape:
         found = f"{list(x.shape)} in {x.dtype} on {x.device.type}"
-        raise ValueError(f"{name}: is {found}, expected {list(shape)} in {HALF} on cpu")
+        raise ValueError(f"{name}: is {found}, expected {list(shape)} in {kind} on cpu")
     if x.shape[-1] % SIDE:
         raise ValueError(f"{name}: last dimension is {x.shape[-1]}, expected a multiple of {SIDE}")
 
 
-def _call(name: str, *arguments: Any) -> None:
-    if native.call(name, *arguments, torch.get_num_threads()):
-        raise RuntimeError(f"{name}: this process may not use the processor's tiles")
+def _call(which: int, kind: torch.dtype, *arguments: Any) -> None:
+    form = _form(kind)
+    if form is None:
+        raise RuntimeError(f"products in {kind} are not computed in C on this processor")
+    if native.call(form[which], *arguments, torch.get_num_threads()):
+        raise RuntimeError(f"{form[which]}: this process may not use the processor's tiles")

@@ -1,4 +1,4 @@
-"""The functions of linear_native.py by torch's own products (oneDNN), for processors that multiply bf16 but not tiles.
+"""The functions of linear_native.py by torch's own products (oneDNN), where those do not run.
 
     y = x W^T + b,   h = gelu(y)                       dx = dy W,   dW = dy^T x,   db = sum dy
 

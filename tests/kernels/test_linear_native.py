@@ -1,4 +1,4 @@
-"""Linear layers on tiles: as near to fp64 as torch's own in bf16, the same bits for any company and number of threads."""
+"""Linear layers in C: as near to fp64 as torch's own in bf16 and in fp32, the same bits for any company and number of threads."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from checking import poisoned
 from regraft.kernels import linear_native
 from regraft.kernels.linear_native import HALF
 
-pytestmark = pytest.mark.skipif(
-    not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)), reason="a processor without tiles of bf16 (AMX)"
-)
-
 ROWS = [0, 1, 31, 32, 97, 1025]
 SHAPES = [(32, 64), (384, 1152), (1536, 384), (96, 32)]  # inputs and outputs of a layer
 
 
-def drawn(*shape: int) -> Tensor:
-    return torch.randn(*shape).to(HALF)
+@pytest.fixture(params=[HALF, torch.float32], ids=["bf16", "fp32"])
+def kind(request):
+    if not linear_native.runs_here(torch.zeros(32, 32, dtype=request.param)):
+        pytest.skip(f"products in {request.param} are torch's on this processor")
+    return request.param
+
+
+@pytest.fixture
+def drawn(kind):
+    return lambda *shape: torch.randn(*shape).to(kind)
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
@@ -35,7 +39,7 @@ def hold(found: Tensor, plain: Tensor, wanted: Tensor) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
-def test_products_are_as_near_to_fp64_as_torchs(rows, inputs, outputs, biased):
+def test_products_are_as_near_to_fp64_as_torchs(drawn, kind, rows, inputs, outputs, biased):
     x, w, dy = drawn(rows, inputs), drawn(outputs, inputs), drawn(rows, outputs)
     b = drawn(outputs) if biased else None
     wide = x.double() @ w.double().T + (b.double() if biased else 0)
@@ -45,7 +49,7 @@ def test_products_are_as_near_to_fp64_as_torchs(rows, inputs, outputs, biased):
         none, alone = linear_native.linear_gelu(x, w, b, keep=False)
         dx = linear_native.input_gradient(dy, w)
         dw, db = linear_native.weight_gradients(dy, x, biased)
-    assert y.dtype == active.dtype == dx.dtype == HALF and dw.dtype == torch.float32
+    assert y.dtype == active.dtype == dx.dtype == kind and dw.dtype == torch.float32
     assert torch.equal(y, same) and none is None and torch.equal(alone, active)
     hold(y, torch.nn.functional.linear(x, w, b), wide)
     hold(active, torch.nn.functional.gelu(y), torch.nn.functional.gelu(y.double()))
@@ -60,7 +64,7 @@ def test_products_are_as_near_to_fp64_as_torchs(rows, inputs, outputs, biased):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 @pytest.mark.parametrize("rank", [32, 96])
-def test_a_low_rank_term_is_added_in_the_same_sums(rows, inputs, outputs, rank):
+def test_a_low_rank_term_is_added_in_the_same_sums(drawn, rows, inputs, outputs, rank):
     x, w, b, dy = drawn(rows, inputs), drawn(outputs, inputs), drawn(outputs), drawn(rows, outputs)
     inner, up, back, down = drawn(rows, rank), drawn(outputs, rank), drawn(rows, rank), drawn(rank, inputs)
     with poisoned():
@@ -75,8 +79,8 @@ def test_a_low_rank_term_is_added_in_the_same_sums(rows, inputs, outputs, rank):
     hold(dx, beside @ above, beside.double() @ above.double())
 
 
-def test_gelus_slope_is_as_near_to_fp64_as_torchs():
-    y, dh = torch.linspace(-12, 12, 32 * 97).to(HALF).view(97, 32), drawn(97, 32)
+def test_gelus_slope_is_as_near_to_fp64_as_torchs(drawn, kind):
+    y, dh = torch.linspace(-12, 12, 32 * 97).to(kind).view(97, 32), drawn(97, 32)
     leaf = y.double().requires_grad_()
     torch.nn.functional.gelu(leaf).backward(dh.double())
     with poisoned():
@@ -84,7 +88,7 @@ def test_gelus_slope_is_as_near_to_fp64_as_torchs():
     hold(found, torch.ops.aten.gelu_backward(dh, y), leaf.grad)
 
 
-def test_what_is_not_finite_shows():
+def test_what_is_not_finite_shows(drawn):
     x, w = drawn(40, 64), drawn(64, 64)
     x[7, 3], x[9, 5] = float("nan"), float("inf")
     y, active = linear_native.linear_gelu(x, w, None)
@@ -94,7 +98,7 @@ def test_what_is_not_finite_shows():
     assert linear_native.weight_gradients(x, x, True)[1][3].isnan()
 
 
-def test_the_same_bits_for_any_number_of_threads_and_whatever_the_other_rows():
+def test_the_same_bits_for_any_number_of_threads_and_whatever_the_other_rows(drawn):
     x, w, b, dy = drawn(1025, 384), drawn(1536, 384), drawn(1536), drawn(1025, 1536)
     before = torch.get_num_threads()
     found = []
@@ -111,12 +115,12 @@ def test_the_same_bits_for_any_number_of_threads_and_whatever_the_other_rows():
     assert torch.equal(alone, found[0][0][700:701])
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_what_does_not_fit_is_refused_by_name(drawn):
     w = drawn(64, 32)
     for call, name in (
         (lambda: linear_native.linear(drawn(3, 64), w, None), "x"),
         (lambda: linear_native.linear(drawn(3, 32), w, drawn(32)), "bias"),
-        (lambda: linear_native.linear(torch.randn(3, 32), w, None), "x"),
+        (lambda: linear_native.linear(torch.randn(3, 32, dtype=torch.float64), w, None), "x"),
         (lambda: linear_native.linear(drawn(3, 32), drawn(48, 32), None), "weight"),
         (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(4, 32), drawn(64, 32))), "low.0."),
         (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(3, 8), drawn(64, 8))), "low.0."),
@@ -132,8 +136,8 @@ def test_what_does_not_fit_is_refused_by_name():
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.zeros(32, 48, dtype=HALF), torch.zeros(6, 32, dtype=HALF), torch.zeros(32, 32)],
-    ids=["inputs", "outputs", "fp32"],
+    [torch.zeros(32, 48, dtype=HALF), torch.zeros(6, 32), torch.zeros(32, 32, dtype=torch.float64)],
+    ids=["inputs", "outputs", "fp64"],
 )
 def test_other_weights_are_left_to_torch(weight):
     assert not linear_native.runs_here(weight)

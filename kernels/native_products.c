@@ -1,0 +1,293 @@
+/* Linear layers by vectors of 16 numbers, in fp32, or in bf16 where the processor multiplies pairs of those; sums are fp32:
+
+   out = a b + more beside (+ bias, and gelu of it)   b = W^T forward, W for the gradient of inputs; a further, thin term of
+                                                      few columns (low-rank updates) where thin is not 0
+   dw = dy^T x,   db = sum of dy's rows               in fp32
+
+   ROWS x PANEL sums are added up in registers, which are as many as there are. What is called a word has 32 bits: one number in
+   fp32, two that follow each other along the sum in bf16; so both are worked through in the same way. Every sum has one order,
+   whoever computes it: the same bits for any number of threads, and for a row whatever stands around it. */
+#define WANTS_LONG_VECTORS
+#include "native.h"
+#include "native_long.h"
+
+#ifdef HAS_LONG
+#define ROWS 14           /* with PANEL: 28 vectors of sums, two of b and one of a, of 32 */
+#define PANEL 32          /* columns */
+#define STRIP (6 * ROWS)  /* rows that are worked on together */
+#define STEPS 192         /* words along a sum that are added up before the whole: they stay in the nearest cache, and round less */
+#define GROUP (512 << 10) /* bytes of b that stay in the next one */
+#define MOST 64          /* panels of a group, whose sums are kept meanwhile */
+#define DOWN 12           /* blocks of a weight's gradient, one below the other, and */
+#define ACROSS 6          /* side by side: one piece of work */
+#define NEAR 16           /* words along a sum whose rows are packed at a time: as many pages are at hand */
+#define SHARE 256         /* rows that one thread packs; linear_native.py counts with it */
+
+typedef struct {
+  const void *a, *b, *bias; /* a [rows][inner]; b [wide][inner] where `turned`, else [inner][wide]; bias [wide] or NULL */
+  void *out, *active;       /* [rows][wide]: the product, and its GELU; one of the two may be NULL */
+  const void *more, *beside; /* [rows][thin]; as b with thin in place of inner; or NULL, with thin 0 */
+  char *room;               /* (wide + PANEL) * (inner + thin) numbers */
+  int64_t rows, inner, wide, thin, turned, half;
+} Product;
+
+/* sums[ROWS][PANEL] (+)= a b over `steps` words. a: ROWS rows `apart` bytes from each other, a step on after `along` bytes;
+   b: PANEL words a step. */
+INLINE void block(float *sums, const char *a, int64_t apart, int64_t along, const char *b, int64_t steps, int add, const int half) {
+  __m512 s[ROWS][2];
+  for (int i = 0; i < ROWS; i++) {
+    s[i][0] = s[i][1] = _mm512_setzero_ps();
+  }
+  /* five addresses and a distance are what the processor's registers have room for */
+  const char *p0 = a, *p3 = a + 3 * apart, *p6 = a + 6 * apart, *p9 = a + 9 * apart, *p12 = a + 12 * apart;
+  for (int64_t k = 0; k < steps; k++) {
+    const __m512 left = _mm512_loadu_ps(b), right = _mm512_loadu_ps(b + 64);
+#ifdef __AVX512BF16__
+#define TIMES(sum, x, y) (half ? _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(y)) : _mm512_fmadd_ps(x, y, sum))
+#else
+#define TIMES(sum, x, y) _mm512_fmadd_ps(x, y, sum)
+#endif
+#define ROW(i, from)                                           \
+  {                                                            \
+    const __m512 x = _mm512_set1_ps(*(const float *)(from)); \
+    s[i][0] = TIMES(s[i][0], x, left);                         \
+    s[i][1] = TIMES(s[i][1], x, right);                        \
+  }
+    ROW(0, p0) ROW(1, p0 + apart) ROW(2, p0 + 2 * apart)
+    ROW(3, p3) ROW(4, p3 + apart) ROW(5, p3 + 2 * apart)
+    ROW(6, p6) ROW(7, p6 + apart) ROW(8, p6 + 2 * apart)
+    ROW(9, p9) ROW(10, p9 + apart) ROW(11, p9 + 2 * apart)
+    ROW(12, p12) ROW(13, p12 + apart)
+#undef ROW
+#undef TIMES
+    b += 4 * PANEL;
+    p0 += along, p3 += along, p6 += along, p9 += along, p12 += along;
+  }
+  for (int i = 0; i < ROWS; i++)
+    for (int j = 0; j < 2; j++) {
+      float *to = sums + i * PANEL + 16 * j;
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(s[i][j], _mm512_loadu_ps(to)) : s[i][j]);
+    }
+}
+
+/* The same with the two ways that operands lie in written out: rows as they are, and packed ones. */
+static void rows_by_panel(float *sums, const char *a, int64_t apart, const char *b, int64_t steps, int add, int half) {
+  if (half)
+    block(sums, a, apart, 4, b, steps, add, 1);
+  else
+    block(sums, a, apart, 4, b, steps, add, 0);
+}
+
+static void packed_by_panel(float *sums, const char *a, const char *b, int64_t steps, int add, int half) {
+  if (half)
+    block(sums, a, 4, 4 * ROWS, b, steps, add, 1);
+  else
+    block(sums, a, 4, 4 * ROWS, b, steps, add, 0);
+}
+
+/* PANEL columns of b, or of what stands beside it, a step's side by side: [words][PANEL]. `numbers`: along the sum. */
+static void panel_of(const Product *p, uint32_t *to, const void *b, int64_t numbers, int64_t column) {
+  const int64_t words = p->half ? numbers / 2 : numbers;
+  if (!p->turned) {
+    if (p->half)
+      paired(to, PANEL, (const uint16_t *)b + column, p->wide, numbers, numbers, PANEL);
+    else
+      for (int64_t k = 0; k < words; k++) memcpy(to + k * PANEL, (const float *)b + k * p->wide + column, 4 * PANEL);
+    return;
+  }
+  const uint32_t *from = (const uint32_t *)b + column * words;
+  for (int64_t k = 0; k < words; k += 16)
+    for (int64_t j = 0; j < PANEL; j += 16) {
+      vu rows[16];
+      for (int i = 0; i < 16; i++) rows[i] = *(const vu *)(from + (j + i) * words + k);
+      transpose16(rows);
+      for (int i = 0; i < 16; i++) *(vu *)(to + (k + i) * PANEL + j) = rows[i];
+    }
+}
+
+/* Sums of n rows, with bias and GELU where they are asked for, to where they belong. */
+INLINE void finished(const Product *p, const float *sums, int64_t row, int64_t n, int64_t column, const int half) {
+  for (int64_t j = 0; j < PANEL; j += 16) {
+    const vf bias = p->bias ? load(p->bias, column + j, half) : splat(0.0f);
+    for (int64_t i = 0; i < n; i++) {
+      const int64_t at = (row + i) * p->wide + column + j;
+      void *y = p->out ? p->out : p->active;
+      store(y, at, *(const vf *)(sums + i * PANEL + j) + bias, half);
+      if (p->active) store(p->active, at, gelu(load(y, at, half)), half); /* of y as it was rounded */
+    }
+  }
+}
+
+static void finish(const Product *p, const float *sums, int64_t row, int64_t n, int64_t column) {
+  if (p->half)
+    finished(p, sums, row, n, column, 1);
+  else
+    finished(p, sums, row, n, column, 0);
+}
+
+/* ROWS rows from `row` on with panels `panel` to `end`. `sums`: as many blocks of sums. */
+static void strip_of(const Product *p, const char *edge, float *sums, int64_t row, int64_t panel, int64_t end) {
+  const int64_t size = p->half ? 2 : 4, n = least(ROWS, p->rows - row);
+  const int64_t wide[2] = {p->inner * size, p->thin * size};
+  const char *from[2] = {(const char *)p->a + row * wide[0], (const char *)p->more + row * wide[1]};
+  if (n < ROWS) from[0] = edge, from[1] = edge + ROWS * wide[0];
+  const int64_t panel_bytes = (wide[0] + wide[1]) * PANEL;
+  for (int term = 0; term < 2; term++)
+    for (int64_t at = 0; at < wide[term]; at += 4 * STEPS) {
+      const int64_t bytes = least(4 * STEPS, wide[term] - at), before = term * wide[0] + at;
+      const int last = before + bytes == wide[0] + wide[1];
+      for (int64_t j = panel; j < end; j++) {
+        float *own = sums + (j - panel) * ROWS * PANEL;
+        const char *b = p->room + j * panel_bytes + before * PANEL;
+        rows_by_panel(own, from[term] + at, wide[term], b, bytes / 4, before > 0, p->half);
+        if (last) finish(p, own, row, n, j * PANEL);
+      }
+    }
+}
+
+/* The last rows, fewer than ROWS, and rows of 0 below them. */
+static void last_rows(const Product *p, char *to, const char *from, int64_t bytes) {
+  const int64_t n = p->rows % ROWS;
+  memcpy(to, from + (p->rows - n) * bytes, n * bytes);
+  memset(to + n * bytes, 0, (ROWS - n) * bytes);
+}
+
+int regraft_product(const Product *p, int threads) {
+  const int64_t size = p->half ? 2 : 4, panels = p->wide / PANEL, panel_bytes = (p->inner + p->thin) * PANEL * size;
+  char *edge = p->room + panels * panel_bytes;
+  const int64_t strips = up(p->rows, STRIP) / STRIP, shared = up(panels, 2 * threads) / (2 * threads);
+  const int64_t each = most(1, least(least(GROUP / panel_bytes, MOST), shared)), groups = up(panels, each) / each; /* panels of a group */
+#pragma omp parallel num_threads(threads)
+  {
+    float sums[each * ROWS * PANEL] __attribute__((aligned(64)));
+#pragma omp for schedule(static) nowait
+    for (int64_t j = 0; j < panels; j++) {
+      uint32_t *to = (uint32_t *)(p->room + j * panel_bytes);
+      panel_of(p, to, p->b, p->inner, j * PANEL);
+      if (p->thin) panel_of(p, to + p->inner * size / 4 * PANEL, p->beside, p->thin, j * PANEL);
+    }
+#pragma omp single
+    {
+      last_rows(p, edge, p->a, p->inner * size);
+      if (p->thin) last_rows(p, edge + ROWS * p->inner * size, p->more, p->thin * size);
+    }
+#pragma omp for schedule(dynamic, 1) collapse(2)
+    for (int64_t strip = 0; strip < strips; strip++)
+      for (int64_t group = 0; group < groups; group++)
+        for (int64_t row = strip * STRIP; row < least(p->rows, (strip + 1) * STRIP); row += ROWS)
+          strip_of(p, edge, sums, row, group * each, least(panels, (group + 1) * each));
+  }
+  return 0;
+}
+
+typedef struct {
+  const void *dy, *x; /* [rows][out], [rows][in] */
+  float *dw, *db;     /* [out][in]; [out] or NULL */
+  char *room;         /* words * (up(out, ROWS) + PANEL + in) * 4 bytes, and up(rows, SHARE) / SHARE * out * 4 */
+  int64_t rows, out, in, half;
+} Slopes;
+
+/* Word k of 16 columns from `column` on, of which those from `columns` on are 0; and rows from n on too. */
+INLINE vu word_of(const void *from, int64_t stride, int64_t k, int64_t n, int64_t column, int64_t columns, int half) {
+  const __mmask16 some = columns - column < 16 ? (1u << (columns - column)) - 1 : 0xFFFF;
+  if (!half) return (vu)_mm512_maskz_loadu_epi32(some, (const uint32_t *)from + k * stride + column);
+  const uint16_t *row = (const uint16_t *)from + 2 * k * stride + column;
+  vu pair = (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row));
+  if (2 * k + 1 < n) pair |= (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, row + stride)) << 16;
+  return pair;
+}
+
+/* Rows `first` to `last`: packed by ROWS columns of dy and PANEL columns of x, the sums of dy's on the way. */
+INLINE void packed(const Slopes *p, int64_t first, int64_t last, int64_t words, char *inputs, float *sums, const int half) {
+  const int64_t step = half ? 2 : 1, end = up(last, step) / step;
+  memset(sums, 0, p->out * sizeof(float));
+  for (int64_t at = first / step; at < end; at += NEAR)
+    for (int64_t o = 0; o < p->out; o += ROWS) {
+      const __mmask16 some = p->out - o < ROWS ? (1 << (p->out - o)) - 1 : (1 << ROWS) - 1;
+      vf sum = splat(0.0f), odd = splat(0.0f);
+      uint32_t *to = (uint32_t *)p->room + o * words;
+      for (int64_t k = at; k < least(at + NEAR, end); k++) {
+        const vu word = word_of(p->dy, p->out, k, p->rows, o, p->out, half);
+        sum += half ? (vf)(word << 16) : (vf)word;
+        if (half) odd += (vf)(word & splat_u(0xFFFF0000u));
+        _mm512_mask_storeu_epi32(to + k * ROWS, (1 << ROWS) - 1, (__m512i)word);
+      }
+      _mm512_mask_storeu_ps(sums + o, some, (__m512)(sum + odd + (vf)_mm512_maskz_loadu_ps(some, sums + o)));
+    }
+  for (int64_t at = first / step; at < end; at += NEAR)
+    for (int64_t i = 0; i < p->in; i += 16) {
+      uint32_t *to = (uint32_t *)inputs + i / PANEL * PANEL * words + i % PANEL;
+      for (int64_t k = at; k < least(at + NEAR, end); k++)
+        *(vu *)(to + k * PANEL) = word_of(p->x, p->in, k, p->rows, i, p->in, half);
+    }
+}
+
+static void pack(const Slopes *p, int64_t first, int64_t last, int64_t words, char *inputs, float *sums) {
+  if (p->half)
+    packed(p, first, last, words, inputs, sums, 1);
+  else
+    packed(p, first, last, words, inputs, sums, 0);
+}
+
+int regraft_slopes(const Slopes *p, int threads) {
+  const int64_t words = p->half ? up(p->rows, 2) / 2 : p->rows, shares = up(p->rows, SHARE) / SHARE;
+  const int64_t bands = up(p->out, ROWS) / ROWS, panels = p->in / PANEL;
+  char *inputs = p->room + up(bands * ROWS * words * 4, 64);
+  float *sums = (float *)(inputs + p->in * words * 4); /* [shares][out] */
+  const int64_t down = up(bands, DOWN) / DOWN, across = up(panels, ACROSS) / ACROSS;
+  if (!p->rows) memset(p->dw, 0, p->out * p->in * sizeof(float));
+#pragma omp parallel num_threads(threads)
+  {
+    float own[ROWS * PANEL] __attribute__((aligned(64)));
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t share = 0; share < shares; share++)
+      pack(p, share * SHARE, least(p->rows, (share + 1) * SHARE), words, inputs, sums + share * p->out);
+    if (p->db) {
+#pragma omp for schedule(static) nowait
+      for (int64_t o = 0; o < p->out; o += 16) {
+        vf whole = splat(0.0f);
+        for (int64_t share = 0; share < shares; share++) whole += *(const vf *)(sums + share * p->out + o);
+        *(vf *)(p->db + o) = whole;
+      }
+    }
+#pragma omp for schedule(dynamic, 1) collapse(2)
+    for (int64_t i = 0; i < down; i++)
+      for (int64_t j = 0; j < across; j++)
+        for (int64_t k = 0; k < words; k += STEPS)
+          for (int64_t band = i * DOWN; band < least(bands, (i + 1) * DOWN); band++)
+            for (int64_t panel = j * ACROSS; panel < least(panels, (j + 1) * ACROSS); panel++) {
+              const char *a = p->room + (band * words + k) * ROWS * 4, *b = inputs + (panel * words + k) * PANEL * 4;
+              packed_by_panel(own, a, b, least(STEPS, words - k), 0, p->half);
+              for (int64_t r = 0; r < least(ROWS, p->out - band * ROWS); r++)
+                for (int64_t c = 0; c < PANEL; c += 16) {
+                  float *to = p->dw + (band * ROWS + r) * p->in + panel * PANEL + c;
+                  *(vf *)to = *(const vf *)(own + r * PANEL + c) + (k ? *(const vf *)to : splat(0.0f));
+                }
+            }
+  }
+  return 0;
+}
+
+/* dy = dh gelu'(y), `count` numbers, a multiple of 16. */
+int regraft_slopes_of_gelu(const void *dh, const void *y, void *dy, int64_t count, int64_t half, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < count; i += 16)
+    if (half)
+      store(dy, i, load(dh, i, 1) * gelu_slope(load(y, i, 1)), 1);
+    else
+      store(dy, i, load(dh, i, 0) * gelu_slope(load(y, i, 0)), 0);
+  return 0;
+}
+#endif
+
+/* Whether these are here: 0, 1 for fp32 alone, 2 for bf16 too. */
+int regraft_products_here(int threads) {
+  (void)threads;
+#if defined(HAS_LONG) && defined(__AVX512BF16__)
+  return 2;
+#elif defined(HAS_LONG)
+  return 1;
+#else
+  return 0;
+#endif
+}
