@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from regraft.engine.binding import bind_kinds, logits_of_small, small_batch, stays_same
-from regraft.engine.half_weights import half_linear, in_force
+from regraft.engine.half_weights import in_force
+from regraft.engine.products import OwnWeights, linear, pays
 from regraft.kernels.dropout import dropout
 from regraft.kernels.embedding import RowGradient, row_embedding
 
@@ -81,9 +82,12 @@ def attended(attention: Any, merged: Tensor) -> Tensor:
 def _merged_projection(self: Any, rows: Tensor) -> Tensor:
     half = getattr(self, "regraft_half", None)
     if half is not None and in_force(rows):
-        return half_linear(rows, half)
-    weight = torch.cat([self.query.weight, self.key.weight, self.value.weight])
-    bias = torch.cat([self.query.bias, self.key.bias, self.value.bias])
+        return linear(rows, half)
+    parts = [self.query, self.key, self.value]
+    if pays(rows, parts):
+        return linear(rows, OwnWeights(parts))
+    weight = torch.cat([part.weight for part in parts])
+    bias = torch.cat([part.bias for part in parts])
     return torch.nn.functional.linear(rows, weight, bias)
 
 

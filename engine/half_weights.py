@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from regraft.engine.binding import is_intermediate
-from regraft.kernels import linear_native, linear_torch
+from regraft.engine.products import intermediate_forward, is_bound, linear, linear_forward, masters, unwatched
 
 if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
@@ -48,9 +47,7 @@ class HalfWeights:
 
     @property
     def masters(self) -> list[Tensor]:
-        """Weights of the layers, then their biases."""
-        weights = [layer.weight for layer in self.layers]
-        return weights + [layer.bias for layer in self.layers if layer.bias is not None]
+        return masters(self.layers)
 
     def current(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias as they are now; cast anew where a layer's have changed."""
@@ -112,58 +109,6 @@ def _beside(held: Tensor | None, masters: Sequence[Tensor]) -> Tensor:
     return held
 
 
-def products(weight: Tensor) -> Any:
-    """Whose products a weight [O, I] in bf16 takes part in: our own in C where the processor has what they need, else torch's."""
-    return linear_native if linear_native.runs_here(weight) else linear_torch
-
-
-class _HalfLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, half: HalfWeights, gelu: bool, keep: bool, *masters: Tensor) -> Tensor:
-        weight, bias = half.current()
-        ctx.by = products(weight)
-        ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in half.layers]
-        rows = ctx.by.as_rows(x)
-        if gelu:
-            out, active = ctx.by.linear_gelu(rows, weight, bias, keep=keep)
-        else:
-            out, active = None, ctx.by.linear(rows, weight, bias)
-        ctx.save_for_backward(rows, weight, out)
-        return shaped(active, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        rows, weight, out = ctx.saved_tensors
-        slopes = ctx.by.as_rows(grad)
-        if out is not None:
-            slopes = ctx.by.gelu_gradient(slopes, out)
-        inputs, _, _, _, *masters = ctx.needs_input_grad
-        dx = shaped(ctx.by.input_gradient(slopes, weight), grad).to(ctx.dtype) if inputs else None
-        count = len(ctx.sizes)
-        of_weights, of_biases = any(masters[:count]), any(masters[count:])
-        found: list[Tensor | None] = [None] * len(masters)
-        if of_weights:
-            dw, db = ctx.by.weight_gradients(slopes, rows, of_biases)
-            found[:count] = dw.split(ctx.sizes)
-        else:
-            db = slopes.sum(0, dtype=torch.float32) if of_biases else None
-        if db is not None:
-            found[count:] = db.split(ctx.sizes)
-        return dx, None, None, None, *(part if asked else None for part, asked in zip(found, masters, strict=True))
-
-
-def shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """[rows, O], perhaps filled up -> [.., O], one for each row of `like` [.., I]."""
-    return rows[: like.shape[:-1].numel()].view(*like.shape[:-1], rows.shape[-1])
-
-
-def half_linear(x: Tensor, half: HalfWeights, gelu: bool = False) -> Tensor:
-    """The layers' outputs side by side in bf16, or their GELU, differentiable in x and in the fp32 weights.
-    [.., I] -> [.., sum of O]."""
-    return _HalfLinear.apply(x, half, gelu, torch.is_grad_enabled(), *half.masters)
-
-
 def in_force(x: Tensor) -> bool:
     """Whether autocast asks for bf16 products of x's device."""
     kind = x.device.type
@@ -177,32 +122,27 @@ def bind_half_weights(running: RunningModel) -> int:
     count = 0
     for module in running.model.modules():
         bound = vars(module).get("forward")
-        if type(module) is nn.Linear and bound is None and module.weight.dtype == torch.float32:
+        free = bound is None or is_bound(module)
+        if type(module) is nn.Linear and free and module.weight.dtype == torch.float32:
             module.regraft_half = HalfWeights([module])  # type: ignore[assignment]
             module.forward = _linear_forward.__get__(module)  # type: ignore[method-assign]
             count += 1
         elif getattr(bound, "__func__", None) is _merged_attention_forward:
             module.regraft_half = HalfWeights([module.query, module.key, module.value])
     for module in running.model.modules():
-        plain = is_intermediate(module) and "forward" not in vars(module) and hasattr(module.dense, "regraft_half")
-        if plain and unwatched(module):
+        free = "forward" not in vars(module) or is_bound(module)
+        if is_intermediate(module) and free and hasattr(module.dense, "regraft_half") and unwatched(module):
             module.forward = _intermediate_forward.__get__(module)
     return count
 
 
-def unwatched(intermediate: Any) -> bool:
-    """Whether nobody listens to one of the two parts, who would have to be called."""
-    parts = (intermediate.dense, intermediate.intermediate_act_fn)
-    return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
-
-
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
     if in_force(x):
-        return half_linear(x, self.regraft_half)
-    return torch.nn.functional.linear(x, self.weight, self.bias)
+        return linear(x, self.regraft_half)
+    return linear_forward(self, x)
 
 
 def _intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if in_force(hidden_states):
-        return half_linear(hidden_states, self.dense.regraft_half, gelu=True)
-    return self.intermediate_act_fn(self.dense(hidden_states))
+        return linear(hidden_states, self.dense.regraft_half, gelu=True)
+    return intermediate_forward(self, hidden_states)

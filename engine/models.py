@@ -241,11 +241,13 @@ class RunningModel(nn.Module):
     def use_kernels(self) -> None:
         """Bind the fast forwards on this model's instances; parameters stay."""
         from regraft.engine.fast import bind_dropout, bind_last_layer, bind_merged_projections, bind_rotary
+        from regraft.engine.products import bind_products
         from regraft.engine.vocabulary_head import bind_vocabulary_head
 
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         if on_cpu:
             bind_dropout(self.model)
+            bind_products(self.model)
         if self.packed and on_cpu:
             from regraft.engine.fast_cpu import bind_native
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels import linear_native
 from regraft.kernels.checks import expect
 
 
@@ -32,7 +33,9 @@ class _FoldedLora(torch.autograd.Function):
         weight = _folded(base, down, up, scale).view(n * outputs, inputs)
         ctx.save_for_backward(x, base, down, up)
         ctx.scale = scale
-        out = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.view(-1), x, weight.t())
+        flat = None if bias is None else bias.view(-1)
+        by = linear_native if linear_native.pays(x, weight) else torch.nn.functional
+        out = by.linear(x, weight, flat)
         return out.view(-1, n, outputs)
 
     @staticmethod
@@ -48,7 +51,9 @@ class _FoldedLora(torch.autograd.Function):
         d_down = torch.mm(inner.permute(0, 2, 1).reshape(n * rank, -1), x).mul_(ctx.scale).view(n, rank, inputs)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = torch.mm(flat, _folded(base, down, up, ctx.scale).view(n * outputs, inputs))
+            weight = _folded(base, down, up, ctx.scale).view(n * outputs, inputs)
+            in_c = linear_native.pays(flat, weight)
+            dx = linear_native.input_gradient(flat, weight) if in_c else torch.mm(flat, weight)
         return dx, None, None, None, *d_down.unbind(), *d_up.unbind()
 
 

@@ -28,6 +28,7 @@ from regraft.kernels.native import at
 
 SIDE = 32  # rows and columns that are multiplied together, as in native_tiles.h
 STRIP = 256  # rows whose sums are added up together, as in native_linear.c
+FEW = 24  # rows
 HALF = torch.bfloat16
 TILES = ("regraft_linear", "regraft_linear_slopes", "regraft_gelu_slopes")
 VECTORS = ("regraft_product", "regraft_slopes", "regraft_slopes_of_gelu")
@@ -70,9 +71,15 @@ def _by_intel() -> bool:
         return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in about)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """[.., I] -> [rows, I] in bf16."""
-    return x.reshape(-1, x.shape[-1]).to(HALF)
+def pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether products of x [.., I] with this weight [O, I], both fp32, are faster in C than torch's."""
+    enough = x.shape[:-1].numel() >= FEW  # for each product the weight is packed anew
+    return enough and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and runs_here(weight)
+
+
+def as_rows(x: Tensor, dtype: torch.dtype = HALF) -> Tensor:
+    """[.., I] -> [rows, I] in `dtype`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None) -> Tensor:

@@ -22,13 +22,13 @@ def filled(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """[.., I] -> [rows, I] in bf16, filled up with zeros to a number of rows that products are likely to have seen."""
+def as_rows(x: Tensor, dtype: torch.dtype = HALF) -> Tensor:
+    """[.., I] -> [rows, I] in `dtype`, filled up with zeros to a number of rows that products are likely to have seen."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
     if filled(count) == count:
-        return rows.to(HALF)
-    whole = rows.new_empty(filled(count), rows.shape[1], dtype=HALF)
+        return rows.to(dtype)
+    whole = rows.new_empty(filled(count), rows.shape[1], dtype=dtype)
     whole[:count].copy_(rows)
     whole[count:].zero_()
     return whole

@@ -186,3 +186,14 @@ def any_precision():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def any_vendor(monkeypatch):
+    """Products of fp32 in C wherever they can be computed, on processors too where torch's are as fast."""
+    from regraft.kernels import linear_native
+
+    monkeypatch.setattr(linear_native, "_by_intel", lambda: False)
+    linear_native._form.cache_clear()
+    yield
+    linear_native._form.cache_clear()

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from regraft.engine.half_weights import HALF, HalfWeights, products, shaped
+from regraft.engine.half_weights import HALF, HalfWeights
+from regraft.engine.products import products, shaped
 
 ADAPTER = "default"
 

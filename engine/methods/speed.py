@@ -10,8 +10,9 @@ from torch import Tensor
 
 from regraft.engine.binding import is_exact_gelu
 from regraft.engine.fast import attended
-from regraft.engine.half_weights import bind_half_weights, in_force, unwatched
+from regraft.engine.half_weights import bind_half_weights, in_force
 from regraft.engine.methods.half_lora import ADAPTER, HalfLora, fits, half_lora
+from regraft.engine.products import unwatched
 from regraft.kernels.folded_lora import folded_lora
 
 if TYPE_CHECKING:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from regraft.engine import half_weights
 from regraft.engine.half_weights import HalfWeights
+from regraft.engine.products import linear
 from regraft.engine.training import optimizer as training
 from regraft.engine.training.optimizer import clipped_step, gradient_norm
 from regraft.kernels import adamw_native, native
@@ -362,7 +363,7 @@ def test_writing_a_copy_that_a_backward_pass_still_needs_is_refused():
     layers, _, optimizer = layers_and_optimizer()
     half = HalfWeights(layers[:1])
     x = torch.randn(16, 33, requires_grad=True)
-    out = half_weights.half_linear(x, half)
+    out = linear(x, half)
     learn(layers, optimizer)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

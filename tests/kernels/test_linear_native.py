@@ -15,7 +15,7 @@ SHAPES = [(32, 64), (384, 1152), (1536, 384), (96, 32)]  # inputs and outputs of
 
 
 @pytest.fixture(params=[HALF, torch.float32], ids=["bf16", "fp32"])
-def kind(request):
+def kind(request, any_vendor):
     if not linear_native.runs_here(torch.zeros(32, 32, dtype=request.param)):
         pytest.skip(f"products in {request.param} are torch's on this processor")
     return request.param

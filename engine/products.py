@@ -1,0 +1,150 @@
+"""Matrix products of linear layers on a CPU, by our own C where it is faster, bound on instances of nn.Linear.
+
+    y = x W^T + b,   h = gelu(y)                       dx = dy W,   dW = dy^T x,   db = sum dy
+
+In fp32 the weights are the layers' own; in bf16 they are kept beside them (half_weights.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from regraft.engine.binding import is_intermediate
+from regraft.kernels import linear_native, linear_torch
+
+
+class Weights(Protocol):
+    """Weights [O, I] and biases [O] of linear layers over the same input, one below the other."""
+
+    layers: Sequence[nn.Linear]
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """What is trained: weights of the layers, then their biases."""
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are now, in the type that products are computed in."""
+
+
+class OwnWeights:
+    """The layers' own, as they are."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.layers = layers
+
+    @property
+    def masters(self) -> list[Tensor]:
+        return masters(self.layers)
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        weights, biases = self.masters[: len(self.layers)], self.masters[len(self.layers) :]
+        if len(self.layers) == 1:
+            return weights[0].detach(), biases[0].detach() if biases else None
+        with torch.no_grad():
+            return torch.cat(weights), torch.cat(biases) if biases else None
+
+
+def masters(layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """Weights of the layers, then their biases."""
+    return [layer.weight for layer in layers] + [layer.bias for layer in layers if layer.bias is not None]
+
+
+def products(weight: Tensor) -> Any:
+    """Whose products a weight [O, I] takes part in: our own in C where the processor has what they need, else torch's."""
+    return linear_native if linear_native.runs_here(weight) else linear_torch
+
+
+def linear(x: Tensor, weights: Weights, gelu: bool = False) -> Tensor:
+    """The layers' outputs side by side, or their GELU, differentiable in x and in the layers' weights, in the type of
+    `weights.current()`. [.., I] -> [.., sum of O]."""
+    return _Linear.apply(x, weights, gelu, torch.is_grad_enabled(), *weights.masters)
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """[rows, O], perhaps filled up -> [.., O], one for each row of `like` [.., I]."""
+    return rows[: like.shape[:-1].numel()].view(*like.shape[:-1], rows.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Weights, gelu: bool, keep: bool, *_: Tensor) -> Tensor:
+        weight, bias = weights.current()
+        ctx.by = products(weight)
+        ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in weights.layers]
+        rows = ctx.by.as_rows(x, weight.dtype)
+        if gelu:
+            out, active = ctx.by.linear_gelu(rows, weight, bias, keep=keep)
+        else:
+            out, active = None, ctx.by.linear(rows, weight, bias)
+        ctx.save_for_backward(rows, weight, out)
+        return shaped(active, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        rows, weight, out = ctx.saved_tensors
+        slopes = ctx.by.as_rows(grad, weight.dtype)
+        if out is not None:
+            slopes = ctx.by.gelu_gradient(slopes, out)
+        inputs, _, _, _, *asked = ctx.needs_input_grad
+        dx = shaped(ctx.by.input_gradient(slopes, weight), grad).to(ctx.dtype) if inputs else None
+        count = len(ctx.sizes)
+        of_weights, of_biases = any(asked[:count]), any(asked[count:])
+        found: list[Tensor | None] = [None] * len(asked)
+        if of_weights:
+            dw, db = ctx.by.weight_gradients(slopes, rows, of_biases)
+            found[:count] = dw.split(ctx.sizes)
+        else:
+            db = slopes.sum(0, dtype=torch.float32) if of_biases else None
+        if db is not None:
+            found[count:] = db.split(ctx.sizes)
+        return dx, None, None, None, *(part if wanted else None for part, wanted in zip(found, asked, strict=True))
+
+
+def bind_products(model: nn.Module) -> int:
+    """Compute in C what nn.Linear holds in fp32, where that is faster than torch; how many layers."""
+    plain: list[Any] = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+    fp32 = [m for m in plain if m.weight.dtype == torch.float32]
+    found = [m for m in fp32 if linear_native.runs_here(m.weight.detach())]
+    for layer in found:
+        layer.forward = linear_forward.__get__(layer)
+    for module in model.modules():
+        if is_intermediate(module) and module.dense in found and "forward" not in vars(module) and unwatched(module):
+            module.forward = intermediate_forward.__get__(module)
+    return len(found)
+
+
+def is_bound(module: Any) -> bool:
+    """Whether a module's forward is one of `bind_products`."""
+    return getattr(vars(module).get("forward"), "__func__", None) in (linear_forward, intermediate_forward)
+
+
+def unwatched(intermediate: Any) -> bool:
+    """Whether nobody listens to one of the two parts, who would have to be called."""
+    parts = (intermediate.dense, intermediate.intermediate_act_fn)
+    return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
+
+
+def pays(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+    """Whether products of x with these layers are faster in C, and are asked for in fp32."""
+    alike = all(linear_native.pays(x, layer.weight.detach()) for layer in layers)
+    return alike and not torch.is_autocast_enabled("cpu")
+
+
+def linear_forward(self: Any, x: Tensor) -> Tensor:
+    """nn.Linear's, in C where that is faster."""
+    if pays(x, [self]):
+        return linear(x, OwnWeights([self]))
+    return torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+def intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """That of a BERT-like layer's first half of its feed-forward, GELU in the same pass."""
+    if pays(hidden_states, [self.dense]):
+        return linear(hidden_states, OwnWeights([self.dense]), gelu=True)
+    return self.intermediate_act_fn(self.dense(hidden_states))
