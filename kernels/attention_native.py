@@ -30,6 +30,7 @@ class _Problem(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("softmax", ctypes.c_void_p),
         ("result", ctypes.c_void_p),
+        ("last", ctypes.c_int64),
     ]
 
 
@@ -71,6 +72,8 @@ def _problem(
     softmax: Tensor,
     result: Tensor | None,
     options: dict[str, Any],
+    *,
+    last: bool = False,
 ) -> _Problem:
     return _Problem(
         *(x.data_ptr() for x in (q, k, v, *cu)),
@@ -82,6 +85,7 @@ def _problem(
         half=int(q.dtype == torch.bfloat16),
         softmax=softmax.data_ptr(),
         result=None if result is None else result.data_ptr(),
+        last=int(last),
         **options,
     )
 
@@ -105,7 +109,9 @@ def _attend(
     # the result, and of each query and head what the backward needs of its softmax: the highest score and 1 / the sum
     ctx.options, ctx.longest = _options(*how), longest
     out, softmax = q.new_empty(q.shape), q.new_empty(*q.shape[:2], 2, dtype=torch.float32)
-    _call(_problem(q, k, v, cu, longest, softmax, None, ctx.options), None, out)
+    # where no backward follows, C may take a shorter way
+    last = not any(ctx.needs_input_grad)
+    _call(_problem(q, k, v, cu, longest, softmax, None, ctx.options, last=last), None, out)
     return out, softmax
 
 

@@ -27,7 +27,8 @@ from regraft.kernels import native
 from regraft.kernels.native import at
 
 SIDE = 32  # rows and columns that are multiplied together, as in native_tiles.h
-STRIP = 256  # rows whose sums are added up together, as in native_linear.c
+SHARE = 128  # rows whose sums are added up together, as in native_products.c; twice as many in native_linear.c
+PART = 6 * SHARE  # rows that are packed at a time, as in native_products.c; native_linear.c packs all
 FEW = 24  # rows
 HALF = torch.bfloat16
 TILES = ("regraft_linear", "regraft_linear_slopes", "regraft_gelu_slopes")
@@ -73,8 +74,10 @@ def _by_intel() -> bool:
 
 def pays(x: Tensor, weight: Tensor) -> bool:
     """Whether products of x [.., I] with this weight [O, I], both fp32, are faster in C than torch's."""
+    if not runs_here(weight):  # asked first: of a traced x the number of rows is not known
+        return False
     enough = x.shape[:-1].numel() >= FEW  # for each product the weight is packed anew
-    return enough and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and runs_here(weight)
+    return enough and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def as_rows(x: Tensor, dtype: torch.dtype = HALF) -> Tensor:
@@ -115,9 +118,9 @@ def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor 
     _expect("dy", dy, (rows, outputs), dy.dtype)
     dw = dy.new_empty(outputs, inputs, dtype=torch.float32)
     db = dy.new_empty(outputs, dtype=torch.float32) if bias else None
-    padded, strips = -(-rows // SIDE) * SIDE, -(-rows // STRIP)
-    packed = padded * (outputs + SIDE + inputs) * dy.element_size()
-    room = dy.new_empty(packed + 4 * strips * outputs, dtype=torch.uint8)
+    held = rows if _form(dy.dtype) is TILES else min(rows, PART)
+    packed = -(-held // SIDE) * SIDE * (outputs + SIDE + inputs) * dy.element_size()
+    room = dy.new_empty(packed + 4 * -(-rows // SHARE) * outputs, dtype=torch.uint8)
     addresses = (None if t is None else t.data_ptr() for t in (dy, x, dw, db, room))
     problem = _Slopes(*addresses, rows, outputs, inputs, int(dy.dtype == HALF))
     _call(1, dy.dtype, ctypes.byref(problem))

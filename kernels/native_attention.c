@@ -9,6 +9,7 @@
    Dao et al. 2022). */
 #define WANTS_LONG_VECTORS
 #include "native.h"
+#include "native_long.h"
 #include "native_tiles.h"
 #include <math.h>
 
@@ -170,6 +171,7 @@ typedef struct {
   float *softmax;                        /* of each query and head two: the highest score and 1 / the sum, or where tiles are
                                             multiplied log2 of the sum of e^(scale score), and nothing */
   const void *result;                    /* backward: what the forward gave; read where tiles are multiplied */
+  int64_t last;                          /* forward: no backward follows, `softmax` may stay as it is */
 } Problem;
 
 static void forward_of(const Problem *p, Space w, int64_t b, int64_t h, void *out) {
@@ -278,11 +280,15 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
 #ifdef HAS_TILES
 #include "native_attention_tiles.h"
 #endif
+#ifdef HAS_LONG
+#include "native_attention_long.h"
+#endif
 
-/* Without `grad`, attention into `out`; with it, the gradients for q (into `out`), k and v. All rows are written. Returns 0, or 1 where there is no memory left for a thread to work in. */
+/* Without `grad`, attention into `out`; with it, the gradients for q (into `out`), k and v. All rows are written. Returns 0, or 1
+   where there is no memory left for a thread to work in. */
 int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, void *dv, int threads) {
   int failed = 0;
-  const int64_t pieces = p->sequences * p->heads;
+  const int64_t pieces = p->sequences * p->heads, together = most(1, least(p->heads, pieces / (16 * threads)));
 #ifdef HAS_TILES
   if (p->half && p->d % SIDE == 0 && tiles_allowed()) return attention_tiled(p, grad, out, dk, dv, threads);
 #endif
@@ -294,11 +300,17 @@ int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, v
 #pragma omp atomic write
       failed = 1;
     }
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, together)
     for (int64_t piece = 0; piece < pieces; piece++) {
       if (!memory) continue;
       const int64_t b = piece / p->heads, h = piece % p->heads;
       const Space w = divide(memory, up(p->cu_k[b + 1] - p->cu_k[b], TILE), p->d, grad != NULL);
+#ifdef HAS_LONG
+      if (is_short_cut(p, grad != NULL)) {
+        answers_of(p, w, b, h, out);
+        continue;
+      }
+#endif
       if (grad) {
         backward_of(p, w, b, h, grad, out, dk, dv);
       } else {

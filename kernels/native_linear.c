@@ -9,6 +9,7 @@
    row whatever stands around it. */
 #define WANTS_LONG_VECTORS
 #include "native.h"
+#include "native_long.h"
 #include "native_tiles.h"
 
 #ifdef HAS_TILES

@@ -21,7 +21,8 @@
 #define DOWN 12           /* blocks of a weight's gradient, one below the other, and */
 #define ACROSS 6          /* side by side: one piece of work */
 #define NEAR 16           /* words along a sum whose rows are packed at a time: as many pages are at hand */
-#define SHARE 256         /* rows that one thread packs; linear_native.py counts with it */
+#define SHARE 128         /* rows that one thread packs, and */
+#define PART (6 * SHARE)  /* that are packed, to stay in the last cache, before they are summed; linear_native.py counts with both */
 
 typedef struct {
   const void *a, *b, *bias; /* a [rows][inner]; b [wide][inner] where `turned`, else [inner][wide]; bias [wide] or NULL */
@@ -183,7 +184,7 @@ int regraft_product(const Product *p, int threads) {
 typedef struct {
   const void *dy, *x; /* [rows][out], [rows][in] */
   float *dw, *db;     /* [out][in]; [out] or NULL */
-  char *room;         /* words * (up(out, ROWS) + PANEL + in) * 4 bytes, and up(rows, SHARE) / SHARE * out * 4 */
+  char *room;         /* words of a PART * (up(out, ROWS) + PANEL + in) * 4 bytes, and up(rows, SHARE) / SHARE * out * 4 */
   int64_t rows, out, in, half;
 } Slopes;
 
@@ -229,45 +230,56 @@ static void pack(const Slopes *p, int64_t first, int64_t last, int64_t words, ch
     packed(p, first, last, words, inputs, sums, 0);
 }
 
+/* One piece of a weight's gradient: bands of ROWS outputs from `band` on, panels of inputs from `panel` on; added where `add`. */
+static void piece_of(const Slopes *p, const char *inputs, int64_t words, int64_t first_band, int64_t first_panel, int add) {
+  const int64_t bands = least(first_band + DOWN, up(p->out, ROWS) / ROWS), panels = least(first_panel + ACROSS, p->in / PANEL);
+  float own[ROWS * PANEL] __attribute__((aligned(64)));
+  for (int64_t k = 0; k < words; k += STEPS)
+    for (int64_t band = first_band; band < bands; band++)
+      for (int64_t panel = first_panel; panel < panels; panel++) {
+        const char *a = p->room + (band * words + k) * ROWS * 4, *b = inputs + (panel * words + k) * PANEL * 4;
+        packed_by_panel(own, a, b, least(STEPS, words - k), 0, p->half);
+        for (int64_t r = 0; r < least(ROWS, p->out - band * ROWS); r++)
+          for (int64_t c = 0; c < PANEL; c += 16) {
+            float *to = p->dw + (band * ROWS + r) * p->in + panel * PANEL + c;
+            *(vf *)to = *(const vf *)(own + r * PANEL + c) + (add || k ? *(const vf *)to : splat(0.0f));
+          }
+      }
+}
+
 int regraft_slopes(const Slopes *p, int threads) {
-  const int64_t words = p->half ? up(p->rows, 2) / 2 : p->rows, shares = up(p->rows, SHARE) / SHARE;
-  const int64_t bands = up(p->out, ROWS) / ROWS, panels = p->in / PANEL;
-  char *inputs = p->room + up(bands * ROWS * words * 4, 64);
-  float *sums = (float *)(inputs + p->in * words * 4); /* [shares][out] */
-  const int64_t down = up(bands, DOWN) / DOWN, across = up(panels, ACROSS) / ACROSS;
+  const int64_t step = p->half ? 2 : 1, shares = up(p->rows, SHARE) / SHARE, most_words = up(least(p->rows, PART), step) / step;
+  const int64_t bands = up(p->out, ROWS) / ROWS, size = p->half ? 2 : 4;
+  char *inputs = p->room + up(bands * ROWS * most_words * 4, 64);
+  float *sums = (float *)(inputs + p->in * most_words * 4); /* [shares][out] */
+  const int64_t down = up(bands, DOWN) / DOWN, across = up(p->in / PANEL, ACROSS) / ACROSS;
   if (!p->rows) memset(p->dw, 0, p->out * p->in * sizeof(float));
 #pragma omp parallel num_threads(threads)
   {
-    float own[ROWS * PANEL] __attribute__((aligned(64)));
+    for (int64_t row = 0; row < p->rows; row += PART) {
+      Slopes part = *p;
+      part.rows = least(PART, p->rows - row);
+      part.dy = (const char *)p->dy + row * p->out * size;
+      part.x = (const char *)p->x + row * p->in * size;
+      const int64_t words = up(part.rows, step) / step;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t share = 0; share < shares; share++)
-      pack(p, share * SHARE, least(p->rows, (share + 1) * SHARE), words, inputs, sums + share * p->out);
+      for (int64_t from = 0; from < part.rows; from += SHARE)
+        pack(&part, from, least(part.rows, from + SHARE), words, inputs, sums + (row + from) / SHARE * p->out);
+#pragma omp for schedule(dynamic, 1) collapse(2)
+      for (int64_t i = 0; i < down; i++)
+        for (int64_t j = 0; j < across; j++) piece_of(&part, inputs, words, i * DOWN, j * ACROSS, row > 0);
+    }
     if (p->db) {
-#pragma omp for schedule(static) nowait
+#pragma omp for schedule(static)
       for (int64_t o = 0; o < p->out; o += 16) {
         vf whole = splat(0.0f);
         for (int64_t share = 0; share < shares; share++) whole += *(const vf *)(sums + share * p->out + o);
         *(vf *)(p->db + o) = whole;
       }
     }
-#pragma omp for schedule(dynamic, 1) collapse(2)
-    for (int64_t i = 0; i < down; i++)
-      for (int64_t j = 0; j < across; j++)
-        for (int64_t k = 0; k < words; k += STEPS)
-          for (int64_t band = i * DOWN; band < least(bands, (i + 1) * DOWN); band++)
-            for (int64_t panel = j * ACROSS; panel < least(panels, (j + 1) * ACROSS); panel++) {
-              const char *a = p->room + (band * words + k) * ROWS * 4, *b = inputs + (panel * words + k) * PANEL * 4;
-              packed_by_panel(own, a, b, least(STEPS, words - k), 0, p->half);
-              for (int64_t r = 0; r < least(ROWS, p->out - band * ROWS); r++)
-                for (int64_t c = 0; c < PANEL; c += 16) {
-                  float *to = p->dw + (band * ROWS + r) * p->in + panel * PANEL + c;
-                  *(vf *)to = *(const vf *)(own + r * PANEL + c) + (k ? *(const vf *)to : splat(0.0f));
-                }
-            }
   }
   return 0;
 }
-
 /* dy = dh gelu'(y), `count` numbers, a multiple of 16. */
 int regraft_slopes_of_gelu(const void *dh, const void *y, void *dy, int64_t count, int64_t half, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)

@@ -3,7 +3,6 @@
    A tile product takes 16 rows of 32 numbers and 16 rows of pairs: b's rows 2 r and 2 r + 1 side by side, number by number. */
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define HAS_TILES
-#include "native_long.h"
 #include <sys/syscall.h>
 #include <unistd.h>
 

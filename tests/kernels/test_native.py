@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from checking import attention_by_sequence, hold_to_twice_the_error
+from checking import Measured, attention_by_sequence, hold_over_draws, hold_to_twice_the_error, poisoned
 from regraft.kernels import attention_native, native, norm_native
 from regraft.kernels.attention import plan_layout
 from regraft.kernels.choice import forced
@@ -43,6 +43,23 @@ def test_attention_is_as_near_to_fp64_as_plain_torch(lengths, size, window, dtyp
         return attention_by_sequence(*qkv.unbind(1), lengths, scale, window)
 
     hold_to_twice_the_error(ours, plain, [fresh(sum(lengths), 3, 2, size)], dtype, form="auto", names=["qkv"])
+
+
+@pytest.mark.parametrize("lengths", [*LENGTHS, [7, 8, 9, 15, 16, 17, 31, 32, 33]])
+@pytest.mark.parametrize("size", [16, 32, 48, 64])
+@pytest.mark.parametrize("window", [None, 0, 4, 64])
+@each_type
+def test_where_no_backward_follows_it_is_as_near_to_fp64_as_plain_torch(lengths, size, window, dtype):
+    cu, scale = starts(lengths), size**-0.5
+
+    def measure() -> list[Measured]:
+        qkv = fresh(sum(lengths), 3, 2, size).to(dtype)
+        plain = lambda x: attention_by_sequence(*x.unbind(1), lengths, scale, window)  # noqa: E731
+        with poisoned():
+            out = attention_native.merged_attention(qkv, cu, max(lengths), scale=scale, dropout_p=0.0, window=window)
+        return [Measured.of("out", plain(qkv.double()), plain(qkv), out)]
+
+    hold_over_draws(measure)
 
 
 @pytest.mark.parametrize("lengths", [[1, 4, 33], [7, 7]])
@@ -101,6 +118,21 @@ def test_dropout_keeps_the_mean_of_attention():
     qkv[:, 2] = 1.0
     out = attended(qkv, [400, 600], 0.25, seed=int(torch.seed() % 2**31))
     assert abs(float(out[..., 0].mean()) - 1.0) < 6 * (0.25 / 0.75 / 500 / out[..., 0].numel()) ** 0.5
+
+
+@each_type
+def test_the_same_bits_whatever_the_number_of_threads_where_no_backward_follows(dtype):
+    qkv = torch.randn(300, 3, 4, 32, dtype=dtype)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(attended(qkv, [90, 10, 200], 0.0, seed=3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(found[0][90:100], attended(qkv[90:100], [10], 0.0, seed=3))  # whatever stands around it
 
 
 @each_type
@@ -182,10 +214,12 @@ def test_norm_drops_alike_in_both_directions():
 def test_a_loss_that_is_not_finite_stays_visible(dtype, size):
     qkv = torch.randn(6, 3, 2, size, dtype=dtype)
     qkv[2, 0, 1, 3] = float("nan")
+    alone = attended(qkv, [4, 2], 0.0, seed=0)
     qkv.requires_grad_()
     out = attended(qkv, [4, 2], 0.0, seed=0)
-    assert torch.isnan(out[2, 1]).all()
-    assert torch.isfinite(out[:, 0]).all() and torch.isfinite(out[4:]).all()
+    for found in (alone, out):
+        assert torch.isnan(found[2, 1]).all()
+        assert torch.isfinite(found[:, 0]).all() and torch.isfinite(found[4:]).all()
     (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
     assert torch.isnan(gradient[2, 0, 1]).all() and torch.isfinite(gradient[:, :, 0]).all()
 
@@ -200,6 +234,11 @@ def test_a_query_without_keys_gets_nothing_and_gives_nothing(dtype, window):
         gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         assert not out[1].any() and not gradients[0][1].any()
         assert out[::2].all() and all(g.isfinite().all() for g in gradients)
+        with torch.no_grad():
+            alone = attention_native.separate_attention(
+                *(x.detach() for x in (q, k, v)), *cu, 3, scale=0.2, dropout_p=0.0, window=window
+            )
+        assert not alone[1].any() and alone[::2].all()
 
 
 def test_plain_torch_can_be_forced():
