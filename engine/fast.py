@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regraft.engine.binding import bind_kinds, logits_of_small, small_batch, stays_same
 from regraft.engine.half_weights import in_force
-from regraft.engine.products import OwnWeights, linear, pays
+from regraft.engine.products import OwnWeights, is_ours, linear
 from regraft.kernels.dropout import dropout
 from regraft.kernels.embedding import RowGradient, row_embedding
 
@@ -84,7 +84,7 @@ def _merged_projection(self: Any, rows: Tensor) -> Tensor:
     if half is not None and in_force(rows):
         return linear(rows, half)
     parts = [self.query, self.key, self.value]
-    if pays(rows, parts):
+    if is_ours(rows, parts):
         return linear(rows, OwnWeights(parts))
     weight = torch.cat([part.weight for part in parts])
     bias = torch.cat([part.bias for part in parts])

@@ -59,6 +59,11 @@ def products(weight: Tensor) -> Any:
     return linear_native if linear_native.runs_here(weight) else linear_torch
 
 
+def _faster(x: Tensor, weight: Tensor) -> Any:
+    in_fp32 = weight.dtype == torch.float32
+    return linear_torch if in_fp32 and not linear_native.pays(x, weight) else products(weight)
+
+
 def linear(x: Tensor, weights: Weights, gelu: bool = False) -> Tensor:
     """The layers' outputs side by side, or their GELU, differentiable in x and in the layers' weights, in the type of
     `weights.current()`. [.., I] -> [.., sum of O]."""
@@ -74,7 +79,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Weights, gelu: bool, keep: bool, *_: Tensor) -> Tensor:
         weight, bias = weights.current()
-        ctx.by = products(weight)
+        ctx.by = _faster(x, weight)
         ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in weights.layers]
         rows = ctx.by.as_rows(x, weight.dtype)
         if gelu:
@@ -130,21 +135,28 @@ def unwatched(intermediate: Any) -> bool:
     return not any(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks for part in parts)
 
 
-def pays(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
-    """Whether products of x with these layers are faster in C, and are asked for in fp32."""
-    alike = all(linear_native.pays(x, layer.weight.detach()) for layer in layers)
-    return alike and not torch.is_autocast_enabled("cpu")
+def is_ours(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
+    """Whether products of x with these layers in fp32 go through `linear`.
+
+    Where gradients are asked for this says yes whatever the number of rows, of which few are left to torch there: processes that
+    share out gradients in the order in which they come (DeepSpeed) count on the same graph in all, and each has rows of its own."""
+    if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+        return False
+    weights = [layer.weight.detach() for layer in layers]
+    if torch.is_grad_enabled():
+        return x.device.type == "cpu" and all(map(linear_native.runs_here, weights))
+    return all(linear_native.pays(x, weight) for weight in weights)
 
 
 def linear_forward(self: Any, x: Tensor) -> Tensor:
     """nn.Linear's, in C where that is faster."""
-    if pays(x, [self]):
+    if is_ours(x, [self]):
         return linear(x, OwnWeights([self]))
     return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 def intermediate_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """That of a BERT-like layer's first half of its feed-forward, GELU in the same pass."""
-    if pays(hidden_states, [self.dense]):
+    if is_ours(hidden_states, [self.dense]):
         return linear(hidden_states, OwnWeights([self.dense]), gelu=True)
     return self.intermediate_act_fn(self.dense(hidden_states))

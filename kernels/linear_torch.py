@@ -23,10 +23,10 @@ def filled(rows: int) -> int:
 
 
 def as_rows(x: Tensor, dtype: torch.dtype = HALF) -> Tensor:
-    """[.., I] -> [rows, I] in `dtype`, filled up with zeros to a number of rows that products are likely to have seen."""
+    """[.., I] -> [rows, I] in `dtype`; in bf16 filled up with zeros to a number of rows that products are likely to have seen."""
     rows = x.reshape(-1, x.shape[-1])
     count = len(rows)
-    if filled(count) == count:
+    if dtype != HALF or filled(count) == count:
         return rows.to(dtype)
     whole = rows.new_empty(filled(count), rows.shape[1], dtype=dtype)
     whole[:count].copy_(rows)
@@ -55,10 +55,10 @@ def input_gradient(dy: Tensor, weight: Tensor, low: LowRank = None) -> Tensor:
 
 
 def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I], bf16 -> [O, I], [O] in fp32."""
+    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I] -> [O, I], [O] in fp32."""
     return (dy.t() @ x).float(), dy.sum(0, dtype=torch.float32) if bias else None
 
 
 def gelu_gradient(dh: Tensor, y: Tensor) -> Tensor:
-    """dh times gelu's slope at y. Shape: dh, y [T, O] -> [T, O], all bf16."""
+    """dh times gelu's slope at y. Shape: dh, y [T, O] -> [T, O]."""
     return torch.ops.aten.gelu_backward(dh, y)

@@ -110,6 +110,17 @@ def test_where_it_does_not_pay_torch_computes(case, calls, monkeypatch):
     assert not calls and found.dtype == wanted.dtype and torch.equal(found, wanted)
 
 
+def test_few_rows_and_many_have_the_same_graph():
+    """Processes that share out gradients as they come have rows of their own, and would mix up what comes in another order."""
+    layer = nn.Linear(64, 32)
+    bind_products(nn.Sequential(layer))
+    few, many = (layer(torch.randn(rows, 64)) for rows in (1, FEW))
+    assert few.grad_fn.name() == many.grad_fn.name() != "AddmmBackward0"
+    with torch.no_grad():
+        x = torch.randn(1, 64)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
 def test_whoever_listens_to_a_part_is_called(tiny_model, calls):
     model = classifier(tiny_model)
     heard = []
