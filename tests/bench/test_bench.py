@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
+import products_cpu  # noqa: E402
+
 import compare as comparison  # noqa: E402
 import features  # noqa: E402
 import harness  # noqa: E402
@@ -40,7 +42,7 @@ import train_cpu  # noqa: E402
 
 MEASUREMENTS = {"train_cpu": train_cpu, "quality": quality, "onnx_cpu": onnx_cpu, "startup": startup}
 MEASUREMENTS |= {"features": features, "compare": comparison, "methods": methods, "layers": layers}
-MEASUREMENTS |= {"tasks": tasks, "tasks_speed": tasks_speed}
+MEASUREMENTS |= {"tasks": tasks, "tasks_speed": tasks_speed, "products_cpu": products_cpu}
 SPEED = harness.Claim("speed", "Something a second", "things/s")
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA} (REGRAFT_DATA)")
