@@ -2,7 +2,7 @@
 
 As train_cpu.py does it: both sides on the same rows, the tokens of the measured steps (pad tokens are no tokens) over their
 wall time. `trainer` prepares the rows as transformers' examples do; `trainer-best` pads to the longest of a batch, groups by
-length, and was searched for.
+length, and was searched for. With `--only` the other cases stay as they were published.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import machine
 import task_rows
 from environments import encoder_folder, our_versions, peer_python, versions
-from harness import Claim, Run, Target, arguments, publish, take_turns, turn
+from harness import RESULTS, Claim, Run, Target, arguments, publish, published_cases, take_turns, turn
 from train_cpu import LEARNING, Trainer, fresh, speed
 
 CLAIM = Claim(
@@ -99,7 +99,8 @@ def main() -> None:
         "regraft": our_versions(),
         "trainer": versions(peer_python("trainer"), ("torch", "transformers", "accelerate", "numpy")),
     }
-    publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before)
+    kept = {} if options.quick else published_cases(options.out or RESULTS / "tasks_speed.json", without=names)
+    publish(CLAIM, runs, options, versions=found, settings=settings, targets=targets, before=before, kept=kept)
 
 
 def regraft(case: Case, files: Mapping[str, str], options: argparse.Namespace, *, seed: int) -> tuple[float, dict]:
