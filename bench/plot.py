@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
+MANY = 30  # cases
 WIDTH = 8.0  # inches; at 200 dots an inch sharp in a README 800 pixels wide
 INK, SOFT, GRID = "#1f2937", "#6b7280", "#e5e7eb"
 OURS = ("#0f766e", "#5eada5", "#a7d3ce")
@@ -41,6 +42,8 @@ def main() -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         if not {"cases", "ways", "rows"} & result.keys():
             continue  # a table for people, such as kernels_static.json
+        if not options.results and len(result.get("cases", ())) > MANY:
+            continue  # a picture that nobody would read, such as of products_cpu.json
         picture = (options.to or path.parent) / f"{path.stem}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(result, picture)
