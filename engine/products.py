@@ -7,6 +7,7 @@ In fp32 the weights are the layers' own; in bf16 they are kept beside them (half
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -65,14 +66,18 @@ def _faster(x: Tensor, weight: Tensor) -> Any:
 
 
 def linear(x: Tensor, weights: Weights, gelu: bool = False) -> Tensor:
-    """The layers' outputs side by side, or their GELU, differentiable in x and in the layers' weights, in the type of
-    `weights.current()`. [.., I] -> [.., sum of O]."""
+    """The layers' outputs side by side, or their GELU, differentiable (once) in x and in the layers' weights, in the
+    type of `weights.current()`. [.., I] -> [.., sum of O]."""
     return _Linear.apply(x, weights, gelu, torch.is_grad_enabled(), *weights.masters)
 
 
 def shaped(rows: Tensor, like: Tensor) -> Tensor:
     """[rows, O], perhaps filled up -> [.., O], one for each row of `like` [.., I]."""
-    return rows[: like.shape[:-1].numel()].view(*like.shape[:-1], rows.shape[-1])
+    shape = (*like.shape[:-1], rows.shape[-1])
+    if rows.numel() == math.prod(shape):
+        # no view in autograd's eyes, who would refuse to let it be changed in place
+        return torch.ops.aten._unsafe_view(rows, shape)
+    return rows[: math.prod(shape[:-1])].view(shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -80,20 +85,22 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weights: Weights, gelu: bool, keep: bool, *_: Tensor) -> Tensor:
         weight, bias = weights.current()
         ctx.by = _faster(x, weight)
-        ctx.dtype, ctx.sizes = x.dtype, [layer.out_features for layer in weights.layers]
+        ctx.dtype, ctx.kind, ctx.sizes = x.dtype, weight.dtype, [layer.out_features for layer in weights.layers]
         rows = ctx.by.as_rows(x, weight.dtype)
         if gelu:
             out, active = ctx.by.linear_gelu(rows, weight, bias, keep=keep)
         else:
             out, active = None, ctx.by.linear(rows, weight, bias)
-        ctx.save_for_backward(rows, weight, out)
+        inputs, _, _, _, *asked = ctx.needs_input_grad
+        of_weights = any(asked[: len(ctx.sizes)])
+        ctx.save_for_backward(rows if of_weights else None, weight if inputs else None, out)
         return shaped(active, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         rows, weight, out = ctx.saved_tensors
-        slopes = ctx.by.as_rows(grad, weight.dtype)
+        slopes = ctx.by.as_rows(grad, ctx.kind)
         if out is not None:
             slopes = ctx.by.gelu_gradient(slopes, out)
         inputs, _, _, _, *asked = ctx.needs_input_grad
@@ -140,9 +147,11 @@ def is_ours(x: Tensor, layers: Sequence[nn.Linear]) -> bool:
 
     Where gradients are asked for this says yes whatever the number of rows, of which few are left to torch there: processes that
     share out gradients in the order in which they come (DeepSpeed) count on the same graph in all, and each has rows of its own."""
-    if torch.is_autocast_enabled("cpu") or x.dtype != torch.float32:
+    if torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
         return False
     weights = [layer.weight.detach() for layer in layers]
+    if type(x) is not Tensor or any(t.dtype != torch.float32 for t in (x, *weights)):
+        return False
     if torch.is_grad_enabled():
         return x.device.type == "cpu" and all(map(linear_native.runs_here, weights))
     return all(linear_native.pays(x, weight) for weight in weights)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.products import linear_forward
 from regraft.kernels.cross_entropy import CHUNK_VALUES, masked_cross_entropy
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def bind_vocabulary_head(running: RunningModel) -> VocabularyHead | None:
     head = VocabularyHead(linear)
     batch = _marked_batch(running)
     expected = _tokens(running, batch)
+    before = vars(linear).get("forward")
     linear.regraft_head = head  # type: ignore[assignment]
     linear.forward = _forward.__get__(linear)  # type: ignore[method-assign]
     try:
@@ -95,11 +97,13 @@ def bind_vocabulary_head(running: RunningModel) -> VocabularyHead | None:
     if same:
         return head
     del linear.forward
+    if before is not None:
+        linear.forward = before  # type: ignore[method-assign]
     return None
 
 
 def _forward(self: Any, x: Tensor) -> Tensor:
-    return x if self.regraft_head.held else torch.nn.functional.linear(x, self.weight, self.bias)
+    return x if self.regraft_head.held else linear_forward(self, x)
 
 
 def _marked_batch(running: RunningModel) -> Any:

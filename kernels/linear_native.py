@@ -174,7 +174,7 @@ def _expect(name: str, x: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> 
     if x.dtype != kind or kind not in native.TYPES or x.device.type != "cpu" or tuple(x.shape) != shape:
         found = f"{list(x.shape)} in {x.dtype} on {x.device.type}"
         raise ValueError(f"{name}: is {found}, expected {list(shape)} in {kind} on cpu")
-    if x.shape[-1] % SIDE:
+    if not x.shape[-1] or x.shape[-1] % SIDE:
         raise ValueError(f"{name}: last dimension is {x.shape[-1]}, expected a multiple of {SIDE}")
 
 

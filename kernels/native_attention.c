@@ -6,7 +6,7 @@
    Every (sequence, head) is one piece of work. Its keys, transposed, and its values are gathered into memory of the
    thread's own; then ROWS queries at a time meet all their keys. The backward makes the probabilities again from q, k and what
    the forward left of each softmax (its highest score, and 1 / the sum), and the dropout decisions again from the seed (after
-   Dao et al. 2022). */
+   Dao et al. 2022). Where tiles are multiplied, or no backward follows, native_attention_tiles.h and native_attention_long.h do it. */
 #define WANTS_LONG_VECTORS
 #include "native.h"
 #include "native_long.h"

@@ -133,6 +133,25 @@ def test_whoever_listens_to_a_part_is_called(tiny_model, calls):
     assert heard == [1] and calls
 
 
+def test_an_output_may_be_changed_in_place():
+    layer, x = nn.Linear(64, 32), torch.randn(3, FEW, 64)
+    bind_products(nn.Sequential(layer))
+    layer(x).relu_().sum().backward()
+    found, layer.weight.grad = layer.weight.grad, None
+    nn.functional.linear(x, layer.weight, layer.bias).relu().sum().backward()
+    torch.testing.assert_close(found, layer.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_frozen_layer_keeps_no_input_for_the_backward():
+    layer = nn.Linear(64, 32).requires_grad_(False)
+    bind_products(nn.Sequential(layer))
+    x = torch.randn(FEW, 64, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        layer(x * 2).sum()
+    assert (FEW, 64) not in kept and (32, 64) in kept
+
+
 def test_parameters_and_state_dict_never_notice(tiny_model):
     model = classifier(tiny_model)
     running = bound(model)
