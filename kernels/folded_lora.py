@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regraft.kernels import linear_native
+from regraft.kernels import linear_native, linear_torch
 from regraft.kernels.checks import expect
 
 
@@ -33,9 +33,8 @@ class _FoldedLora(torch.autograd.Function):
         weight = _folded(base, down, up, scale).view(n * outputs, inputs)
         ctx.save_for_backward(x, base, down, up)
         ctx.scale = scale
-        flat = None if bias is None else bias.view(-1)
-        by = linear_native if linear_native.pays(x, weight) else torch.nn.functional
-        out = by.linear(x, weight, flat)
+        ctx.by = linear_native if linear_native.pays(x, weight) else linear_torch
+        out = ctx.by.linear(x, weight, None if bias is None else bias.view(-1))
         return out.view(-1, n, outputs)
 
     @staticmethod
@@ -52,8 +51,7 @@ class _FoldedLora(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             weight = _folded(base, down, up, ctx.scale).view(n * outputs, inputs)
-            in_c = linear_native.pays(flat, weight)
-            dx = linear_native.input_gradient(flat, weight) if in_c else torch.mm(flat, weight)
+            dx = ctx.by.input_gradient(flat, weight)
         return dx, None, None, None, *d_down.unbind(), *d_up.unbind()
 
 

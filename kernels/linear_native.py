@@ -9,8 +9,8 @@ Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16 or all fp32; dW [
 added up. I and O are multiples of 32; anything else raises ValueError. 2 T I O FLOPs each; bytes moved, of n a number:
 n (T I + T O + 2 O I) forward and for dx, 2 n (T I + T O) + 4 O I for dW.
 
-fp32 is for processors that MKL, which multiplies for torch, does not know well: on an AMD EPYC with AVX-512 its products of fp32
-reach 190 GFLOP/s of 512 that two cores have, these 430. On Intel's they are MKL's.
+fp32 is for processors that MKL, which multiplies for torch, does not know well: on two cores of an AMD EPYC with AVX-512 it reaches
+185 to 208 GFLOP/s, these 329 to 450 (bench/products_cpu.py). On Intel's they are MKL's.
 """
 
 from __future__ import annotations

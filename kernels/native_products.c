@@ -17,7 +17,7 @@
 #define STRIP (6 * ROWS)  /* rows that are worked on together */
 #define STEPS 192         /* words along a sum that are added up before the whole: they stay in the nearest cache, and round less */
 #define GROUP (512 << 10) /* bytes of b that stay in the next one */
-#define MOST 64          /* panels of a group, whose sums are kept meanwhile */
+#define MOST 64           /* panels of a group, whose sums are kept meanwhile */
 #define DOWN 12           /* blocks of a weight's gradient, one below the other, and */
 #define ACROSS 6          /* side by side: one piece of work */
 #define NEAR 16           /* words along a sum whose rows are packed at a time: as many pages are at hand */
@@ -36,9 +36,7 @@ typedef struct {
    b: PANEL words a step. */
 INLINE void block(float *sums, const char *a, int64_t apart, int64_t along, const char *b, int64_t steps, int add, const int half) {
   __m512 s[ROWS][2];
-  for (int i = 0; i < ROWS; i++) {
-    s[i][0] = s[i][1] = _mm512_setzero_ps();
-  }
+  for (int i = 0; i < ROWS; i++) s[i][0] = s[i][1] = _mm512_setzero_ps();
   /* five addresses and a distance are what the processor's registers have room for */
   const char *p0 = a, *p3 = a + 3 * apart, *p6 = a + 6 * apart, *p9 = a + 9 * apart, *p12 = a + 12 * apart;
   for (int64_t k = 0; k < steps; k++) {

@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 
-import products_cpu  # noqa: E402
-
 import compare as comparison  # noqa: E402
 import features  # noqa: E402
 import harness  # noqa: E402
@@ -31,6 +29,7 @@ import methods  # noqa: E402
 import multi  # noqa: E402
 import onnx_cpu  # noqa: E402
 import plot  # noqa: E402
+import products_cpu  # noqa: E402
 import quality  # noqa: E402
 import score  # noqa: E402
 import sources  # noqa: E402

@@ -20,13 +20,14 @@ from regraft.engine.training.optimizer import clipped_step
 from regraft.kernels import linear_native
 
 tiles = pytest.mark.skipif(
-    not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)), reason="a processor without tiles of bf16 (AMX)"
+    not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)),
+    reason="a processor that multiplies bf16 neither by tiles (AMX) nor by vectors (AVX-512)",
 )
 
 
 @pytest.fixture(params=[pytest.param("tiles", marks=tiles), "torch"], autouse=True)
 def products(request, monkeypatch):
-    if request.param == "torch":  # as on a processor that has no tiles
+    if request.param == "torch":  # as on a processor that does neither
         monkeypatch.setattr(linear_native, "runs_here", lambda weight: False)
 
 
