@@ -4,6 +4,7 @@
    Scores are put together word by word: one number in fp32, two in bf16 where the processor multiplies pairs of those. */
 #define KEYS 8 /* whose scores are added up at once */
 #define SOME 8 /* queries whose values are */
+#define PARTIAL 64 /* keys whose part of a sum is added up first: rounding grows less */
 
 #ifdef __AVX512BF16__
 #define MAKES_PAIRS 1
@@ -65,13 +66,15 @@ INLINE void powers_of(float *s, float *inverse, int64_t i, int64_t first, int64_
       top[l] = (vf)_mm512_max_ps((__m512)top[l], (__m512)*x); /* NaN may be lost here: its power is NaN in any case */
     }
   const vf by = splat(half ? p->scale * 1.44269504f : p->scale);
+  vf part[2] = {splat(0.0f), splat(0.0f)};
   for (int64_t j = 0; j < n; j++)
     for (int l = 0; l < lanes; l++) {
       vf *x = (vf *)(s + (j * lanes + l) * 16);
       const vf below = (*x - top[l]) * by;
       *x = half ? two_to(below) : exponential(below);
       if (windowed) *x = (vf)((vi)*x & seeing(i + 16 * l, first + j, p->window));
-      sum[l] += *x;
+      part[l] += *x;
+      if ((j + 1) % PARTIAL == 0 || j + 1 == n) sum[l] += part[l], part[l] = splat(0.0f);
     }
   for (int l = 0; l < lanes; l++) *(vf *)(inverse + 16 * l) = (vf)((vi)(splat(1.0f) / sum[l]) & ~(sum[l] == splat(0.0f)));
 }
@@ -82,11 +85,18 @@ INLINE void values_of(const Problem *p, void *out, int64_t to, int64_t value, co
   vf x[SOME][2];
   for (int r = 0; r < SOME; r++)
     for (int v = 0; v < vectors; v++) x[r][v] = splat(0.0f);
-  for (int64_t j = 0; j < n; j++) {
-    vf own[2];
-    for (int v = 0; v < vectors; v++) own[v] = load(p->v, value + j * p->kv_stride + 16 * v, half);
+  for (int64_t start = 0; start < n; start += PARTIAL) {
+    vf part[SOME][2];
     for (int r = 0; r < SOME; r++)
-      for (int v = 0; v < vectors; v++) x[r][v] += splat(s[j * 16 * lanes + r]) * own[v];
+      for (int v = 0; v < vectors; v++) part[r][v] = splat(0.0f);
+    for (int64_t j = start; j < least(n, start + PARTIAL); j++) {
+      vf own[2];
+      for (int v = 0; v < vectors; v++) own[v] = load(p->v, value + j * p->kv_stride + 16 * v, half);
+      for (int r = 0; r < SOME; r++)
+        for (int v = 0; v < vectors; v++) part[r][v] += splat(s[j * 16 * lanes + r]) * own[v];
+    }
+    for (int r = 0; r < SOME; r++)
+      for (int v = 0; v < vectors; v++) x[r][v] += part[r][v];
   }
   for (int64_t r = 0; r < rows; r++)
     for (int v = 0; v < vectors; v++) store(out, to + r * p->heads * p->d + 16 * v, x[r][v] * splat(inverse[r]), half);
