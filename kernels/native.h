@@ -93,24 +93,29 @@ static inline uint64_t row_key(uint64_t seed, uint64_t place) {
   return z ^ (z >> 31);
 }
 
-/* 32 random bits for each number of a vector: a multiply-xorshift hash with the key before and amid it. */
-static inline vu random_bits(uint64_t key, vu number) {
-  vu x = number * splat_u(0x9E3779B9u) + splat_u((uint32_t)key);
+/* 32 random bits for each number of a vector: a multiply-xorshift hash with a key, in two halves, before and amid it. */
+static inline vu hashed(vu number, vu low, vu high) {
+  vu x = number * splat_u(0x9E3779B9u) + low;
   x ^= x >> 16;
   x *= splat_u(0x7FEB352Du);
   x ^= x >> 15;
-  x += splat_u((uint32_t)(key >> 32));
+  x += high;
   x *= splat_u(0x846CA68Bu);
   return x ^ (x >> 16);
 }
 
-/* keep / (1 - p) for columns j to j + TILE - 1 of one row: 16 bits decide, as everywhere. */
-static inline void kept(uint64_t key, int64_t j, uint32_t threshold, float factor, vf *left, vf *right) {
-  uint32_t at = (uint32_t)(j / 2);
-  vu bits = random_bits(key, splat_u(at) + (vu)COUNT);
+static inline vu random_bits(uint64_t key, vu number) { return hashed(number, splat_u((uint32_t)key), splat_u((uint32_t)(key >> 32))); }
+
+/* Two vectors of keep / (1 - p) from one of bits: 16 decide, as everywhere. */
+static inline void decided(vu bits, uint32_t threshold, float factor, vf *left, vf *right) {
   vi low = (vi)((bits & splat_u(0xFFFFu)) >= splat_u(threshold)), high = (vi)((bits >> 16) >= splat_u(threshold));
   *left = (vf)((vi)splat(factor) & low);
   *right = (vf)((vi)splat(factor) & high);
+}
+
+/* keep / (1 - p) for columns j to j + TILE - 1 of one row. */
+static inline void kept(uint64_t key, int64_t j, uint32_t threshold, float factor, vf *left, vf *right) {
+  decided(random_bits(key, splat_u((uint32_t)(j / 2)) + (vu)COUNT), threshold, factor, left, right);
 }
 
 /* sums[0] += sums[1] + ... of `count` parts of `width` numbers each, in order. */

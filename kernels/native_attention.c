@@ -6,7 +6,7 @@
    Every (sequence, head) is one piece of work. Its keys, transposed, and its values are gathered into memory of the
    thread's own; then ROWS queries at a time meet all their keys. The backward makes the probabilities again from q, k and what
    the forward left of each softmax (its highest score, and 1 / the sum), and the dropout decisions again from the seed (after
-   Dao et al. 2022). Where tiles are multiplied, or no backward follows, native_attention_tiles.h and native_attention_long.h do it. */
+   Dao et al. 2022). Where tiles are multiplied, or vectors are long, native_attention_tiles.h and native_attention_long.h do it. */
 #define WANTS_LONG_VECTORS
 #include "native.h"
 #include "native_long.h"
@@ -289,13 +289,19 @@ static void backward_of(const Problem *p, Space w, int64_t b, int64_t h, const v
 int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, void *dv, int threads) {
   int failed = 0;
   const int64_t pieces = p->sequences * p->heads, together = most(1, least(p->heads, pieces / (16 * threads)));
+  int64_t bytes = room(up(p->longest, TILE), p->d, grad != NULL) * sizeof(float);
 #ifdef HAS_TILES
   if (p->half && p->d % SIDE == 0 && tiles_allowed()) return attention_tiled(p, grad, out, dk, dv, threads);
 #endif
+#ifdef HAS_LONG
+  Long parts;
+  const int by_query = is_by_query(p);
+  if (by_query) bytes = divide_long(&parts, NULL, p->longest, p->d, p->half, grad != NULL);
+#endif
 #pragma omp parallel num_threads(threads)
   {
-    float *memory = NULL;
-    if (posix_memalign((void **)&memory, 64, room(up(p->longest, TILE), p->d, grad != NULL) * sizeof(float))) {
+    char *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, bytes)) {
       memory = NULL;
 #pragma omp atomic write
       failed = 1;
@@ -303,19 +309,23 @@ int regraft_attention(const Problem *p, const void *grad, void *out, void *dk, v
 #pragma omp for schedule(dynamic, together)
     for (int64_t piece = 0; piece < pieces; piece++) {
       if (!memory) continue;
-      const int64_t b = piece / p->heads, h = piece % p->heads;
-      const Space w = divide(memory, up(p->cu_k[b + 1] - p->cu_k[b], TILE), p->d, grad != NULL);
+      const int64_t b = piece / p->heads, h = piece % p->heads, n = p->cu_k[b + 1] - p->cu_k[b];
 #ifdef HAS_LONG
-      if (is_short_cut(p, grad != NULL)) {
-        answers_of(p, w, b, h, out);
+      if (by_query) {
+        Long w;
+        divide_long(&w, memory, n, p->d, p->half, grad != NULL);
+        if (grad)
+          gradients_of(p, w, b, h, grad, out, dk, dv);
+        else
+          answers_of(p, w, b, h, out);
         continue;
       }
 #endif
-      if (grad) {
+      const Space w = divide((float *)memory, up(n, TILE), p->d, grad != NULL);
+      if (grad)
         backward_of(p, w, b, h, grad, out, dk, dv);
-      } else {
+      else
         forward_of(p, w, b, h, out);
-      }
     }
     free(memory);
   }

@@ -39,13 +39,6 @@ static inline void rows_ahead(const uint16_t *base, int64_t from, int64_t stride
     for (int64_t j = 0; j < d; j += 32) _mm_prefetch(base + from + i * stride + j, _MM_HINT_T0);
 }
 
-/* Two vectors one below the other in pairs, to bf16. */
-INLINE void store_pairs(uint32_t *to, vf upper, vf lower) {
-  const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
-                                         19, 3, 18, 2, 17, 1, 16, 0);
-  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(woven, (__m512i)_mm512_cvtne2ps_pbh((__m512)lower, (__m512)upper)));
-}
-
 /* [SIDE][d] in bf16 -> [d][SIDE] in bf16. */
 static void turned(uint16_t *to, const uint16_t *from, int64_t d) {
   for (int64_t c = 0; c < d; c += 16) {

@@ -47,6 +47,13 @@ static inline void paired(uint32_t *to, int64_t ldto, const uint16_t *from, int6
 INLINE void store_both(uint16_t *to, vf left, vf right) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
 }
+
+/* Two vectors one below the other in pairs, to bf16. */
+INLINE void store_pairs(uint32_t *to, vf upper, vf lower) {
+  const __m512i woven = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+                                         19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(woven, (__m512i)_mm512_cvtne2ps_pbh((__m512)lower, (__m512)upper)));
+}
 #endif
 
 /* 2^x: Taylor for what is left of |x| <= 1 / 2. NaN stays NaN. */

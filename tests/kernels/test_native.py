@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,3 +267,18 @@ assert native.library() is None and torch.equal(out, torch.ones(5, 1, 16))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(said) == 1
+
+
+@pytest.mark.skipif("avx512f" not in Path("/proc/cpuinfo").read_text(), reason="vectors are no longer than that here")
+def test_shorter_vectors_are_as_near_to_fp64(tmp_path):
+    """The same tests on what is compiled for a processor of vectors half as long."""
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/bash\nexec cc "${@/-march=native/-march=x86-64-v3}"\n')
+    compiler.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"CC": str(compiler), "REGRAFT_CACHE": str(tmp_path)}
+    chosen = "(attention or norm or query) and not 96 and not 48"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert list(tmp_path.glob("native/*.so"))
