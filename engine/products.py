@@ -43,11 +43,20 @@ class OwnWeights:
         return masters(self.layers)
 
     def current(self) -> tuple[Tensor, Tensor | None]:
-        weights, biases = self.masters[: len(self.layers)], self.masters[len(self.layers) :]
-        if len(self.layers) == 1:
-            return weights[0].detach(), biases[0].detach() if biases else None
-        with torch.no_grad():
-            return torch.cat(weights), torch.cat(biases) if biases else None
+        parts = [master.detach() for master in self.masters]
+        weights, biases = parts[: len(self.layers)], parts[len(self.layers) :]
+        return _joined(weights), _joined(biases) if biases else None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Tensors one below the other: as they lie where they do so in memory, else in new memory."""
+    one, at = parts[0], parts[0].data_ptr()
+    for part in parts:
+        apart = part.data_ptr() != at or part.untyped_storage().data_ptr() != one.untyped_storage().data_ptr()
+        if apart or not part.is_contiguous():
+            return torch.cat(parts)
+        at += part.numel() * part.element_size()
+    return one.as_strided((sum(map(len, parts)), *one.shape[1:]), one.stride()) if len(parts) > 1 else one
 
 
 def masters(layers: Sequence[nn.Linear]) -> list[Tensor]:
@@ -60,7 +69,8 @@ def products(weight: Tensor) -> Any:
     return linear_native if linear_native.runs_here(weight) else linear_torch
 
 
-def _faster(x: Tensor, weight: Tensor) -> Any:
+def faster(x: Tensor, weight: Tensor) -> Any:
+    """Whose products x [.., I] with a weight [O, I] are: as `products`, but few rows in fp32 are torch's."""
     in_fp32 = weight.dtype == torch.float32
     return linear_torch if in_fp32 and not linear_native.pays(x, weight) else products(weight)
 
@@ -76,7 +86,7 @@ def shaped(rows: Tensor, like: Tensor) -> Tensor:
     shape = (*like.shape[:-1], rows.shape[-1])
     if rows.numel() == math.prod(shape):
         # no view in autograd's eyes, who would refuse to let it be changed in place
-        return torch.ops.aten._unsafe_view(rows, shape)
+        return torch.ops.aten._unsafe_view.default(rows, shape)
     return rows[: math.prod(shape[:-1])].view(shape)
 
 
@@ -84,7 +94,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Weights, gelu: bool, keep: bool, *_: Tensor) -> Tensor:
         weight, bias = weights.current()
-        ctx.by = _faster(x, weight)
+        ctx.by = faster(x, weight)
         ctx.dtype, ctx.kind, ctx.sizes = x.dtype, weight.dtype, [layer.out_features for layer in weights.layers]
         rows = ctx.by.as_rows(x, weight.dtype)
         if gelu:

@@ -32,7 +32,7 @@ class _Weight(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A weight, what its step needs, and, unless None, memory in bf16 to which the new weight is written too."""
+    """A weight, and what its step needs."""
 
     weight: Tensor
     gradient: Tensor
@@ -43,7 +43,6 @@ class Update:
     weight_decay: float
     betas: tuple[float, float]
     eps: float
-    half: Tensor | None = None
 
 
 def runs_here(tensors: Iterable[Tensor]) -> bool:
@@ -70,14 +69,15 @@ def square_sum(tensors: Sequence[Tensor]) -> float:
     return float(sums[0])
 
 
-def adamw(updates: Sequence[Update], grad_scale: float = 1.0) -> None:
-    """One step of every weight, in place, its moments and its `step` [] with it; gradients are divided by `grad_scale`."""
-    weights = (_Weight * len(updates))(*map(_weight, updates))
+def adamw(updates: Sequence[Update], grad_scale: float = 1.0, halves: Sequence[Tensor | None] = ()) -> None:
+    """One step of every weight, in place, its moments and its `step` [] with it; gradients are divided by `grad_scale`. `halves`: for
+    each weight memory in bf16 to which the new one is written too, or None."""
+    weights = (_Weight * len(updates))(*map(_weight, updates, halves or [None] * len(updates)))
     native.call("regraft_adamw", weights, len(updates), ctypes.c_float(grad_scale), torch.get_num_threads())
 
 
-def _weight(u: Update) -> _Weight:
+def _weight(u: Update, half: Tensor | None) -> _Weight:
     tensors = (u.weight, u.gradient, u.exp_avg, u.exp_avg_sq, u.step)
-    half = None if u.half is None else u.half.data_ptr()
-    places = (x.data_ptr() for x in tensors)
-    return _Weight(*places, half, u.weight.numel(), u.lr, u.weight_decay, *u.betas, u.eps)
+    places = [x.data_ptr() for x in tensors]
+    beside = None if half is None else half.data_ptr()
+    return _Weight(*places, beside, u.weight.numel(), u.lr, u.weight_decay, *u.betas, u.eps)

@@ -6,7 +6,8 @@ native_products.c).
 Products with W may have a low-rank term added in the same sums: y + u B^T, dx + v A.
 
 Shape: x [T, I], W [O, I], b [O], y, h and dy [T, O], all bf16 or all fp32; dW [O, I] and db [O] in fp32, as they were
-added up. I and O are multiples of 32; anything else raises ValueError. 2 T I O FLOPs each; bytes moved, of n a number:
+added up. I and O are multiples of 32 on tiles and of `step` else, I of dW of 32 in any case; anything
+else raises ValueError. 2 T I O FLOPs each; bytes moved, of n a number:
 n (T I + T O + 2 O I) forward and for dx, 2 n (T I + T O) + 4 O I for dW.
 
 fp32 is for processors that MKL, which multiplies for torch, does not know well: on two cores of an AMD EPYC with AVX-512 it reaches
@@ -67,6 +68,20 @@ def _form(dtype: torch.dtype) -> tuple[str, str, str] | None:
     return None
 
 
+def step(weight: Tensor) -> int:
+    """What ranks of low-rank terms with this weight are multiples of: 8, or a side of a tile."""
+    return _step(weight.dtype)
+
+
+def _step(dtype: torch.dtype) -> int:
+    return SIDE if _form(dtype) is TILES else 8
+
+
+def by_vectors(weight: Tensor) -> bool:
+    """Whether products with this weight [O, I] are computed in C, and by vectors."""
+    return runs_here(weight) and _form(weight.dtype) is VECTORS
+
+
 def _by_intel() -> bool:
     with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as about:
         return any(line.startswith("vendor_id") and "GenuineIntel" in line for line in about)
@@ -87,8 +102,8 @@ def as_rows(x: Tensor, dtype: torch.dtype = HALF) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None) -> Tensor:
     """x W^T + b, and + u B^T of `low`, which is (u, B). Shape: x [T, I], weight [O, I], bias [O], u [T, R], B [O, R] -> [T, O],
-    all of one type; R as I and O."""
-    out = x.new_empty(len(x), len(weight))
+    all of one type; R a multiple of `step`."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
     _product(x, weight, bias, low, out, None, turned=True)
     return out
 
@@ -97,7 +112,7 @@ def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, low: LowRank = None, *, keep: bool = True
 ) -> tuple[Tensor | None, Tensor]:
     """y = x W^T + b, with `low` as `linear`, and gelu(y), by erf. Shape: as `linear`, twice; y is None unless `keep`."""
-    active = x.new_empty(len(x), len(weight))
+    active = x.new_empty(x.shape[0], weight.shape[0])
     out = torch.empty_like(active) if keep else None
     _product(x, weight, bias, low, out, active, turned=True)
     return out, active
@@ -105,7 +120,7 @@ def linear_gelu(
 
 def input_gradient(dy: Tensor, weight: Tensor, low: LowRank = None) -> Tensor:
     """dy W, and + v A of `low`, which is (v, A). Shape: dy [T, O], weight [O, I], v [T, R], A [R, I] -> [T, I]."""
-    out = dy.new_empty(len(dy), weight.shape[1])
+    out = dy.new_empty(dy.shape[0], weight.shape[1])
     _product(dy, weight, None, low, out, None, turned=False)
     return out
 
@@ -114,8 +129,8 @@ def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor 
     """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I] -> [O, I], [O] in fp32."""
     dy, x = dy.contiguous(), x.contiguous()
     (rows, outputs), inputs = dy.shape, x.shape[1]
-    _expect("x", x, (rows, inputs), dy.dtype)
-    _expect("dy", dy, (rows, outputs), dy.dtype)
+    _expect("x", x, (rows, inputs), dy.dtype, SIDE)
+    _expect("dy", dy, (rows, outputs), dy.dtype, SIDE if bias else None)
     dw = dy.new_empty(outputs, inputs, dtype=torch.float32)
     db = dy.new_empty(outputs, dtype=torch.float32) if bias else None
     held = rows if _form(dy.dtype) is TILES else min(rows, PART)
@@ -149,11 +164,12 @@ def _product(
 ) -> None:
     a, weight = a.contiguous(), weight.contiguous()
     inner, wide = reversed(weight.shape) if turned else weight.shape
-    rows, thin = len(a), 0
+    rows, thin = a.shape[0], 0
     kind = weight.dtype
     _expect("x" if turned else "dy", a, (rows, inner), kind)
-    for side in (weight, weight.T):
-        _expect("weight", side, tuple(side.shape), kind)
+    _expect("weight", weight, (wide, inner) if turned else (inner, wide), kind)
+    if wide % _step(kind):
+        _expect("weight", weight.T, tuple(weight.T.shape), kind)  # raises
     more = beside = None
     if low is not None:
         more, beside = (part.contiguous() for part in low)
@@ -163,19 +179,27 @@ def _product(
     if bias is not None:
         bias = bias.contiguous()
         _expect("bias", bias, (wide,), kind)
-    room = a.new_empty((inner + thin) * (wide + SIDE))
-    addresses = (None if t is None else t.data_ptr() for t in (a, weight, bias, out, active, more, beside, room))
-    problem = _Product(*addresses, rows, inner, wide, thin, int(turned), int(kind == HALF))
+    room = a.new_empty((inner + thin) * (-(-wide // SIDE) + 1) * SIDE)
+    addresses = [None if t is None else t.data_ptr() for t in (a, weight, bias, out, active, more, beside, room)]
+    problem = _Product(*addresses, rows, inner, wide, thin, turned, kind == HALF)
     _call(0, kind, ctypes.byref(problem))
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> None:
+def expect_part(name: str, x: Tensor, shape: tuple[int, ...], kind: torch.dtype) -> None:
+    """Raises ValueError for a part of a product that is of another shape or type, not in one piece, or of a size that C does not take."""
+    _expect(name, x, shape, kind)
+    if not x.is_contiguous():
+        raise ValueError(f"{name}: has strides {list(x.stride())}, expected a contiguous tensor")
+
+
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], kind: torch.dtype, whole: int | None = None) -> None:
     # raw addresses go to C: another shape would read what is not there
-    if x.dtype != kind or kind not in native.TYPES or x.device.type != "cpu" or tuple(x.shape) != shape:
+    if x.dtype != kind or kind not in native.TYPES or not x.is_cpu or x.shape != shape:
         found = f"{list(x.shape)} in {x.dtype} on {x.device.type}"
         raise ValueError(f"{name}: is {found}, expected {list(shape)} in {kind} on cpu")
-    if not x.shape[-1] or x.shape[-1] % SIDE:
-        raise ValueError(f"{name}: last dimension is {x.shape[-1]}, expected a multiple of {SIDE}")
+    whole = whole or _step(kind)
+    if not x.shape[-1] or x.shape[-1] % whole:
+        raise ValueError(f"{name}: last dimension is {x.shape[-1]}, expected a multiple of {whole}")
 
 
 def _call(which: int, kind: torch.dtype, *arguments: Any) -> None:

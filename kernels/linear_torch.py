@@ -13,7 +13,10 @@ from torch import Tensor
 
 from regraft.kernels.linear_native import HALF, LowRank
 
-SIDE = 8  # ranks of a low-rank term are filled up to a multiple of it, as linear_native.SIDE
+
+def step(weight: Tensor) -> int:
+    """What ranks of low-rank terms with this weight are best multiples of."""
+    return 8
 
 
 def filled(rows: int) -> int:
@@ -55,8 +58,9 @@ def input_gradient(dy: Tensor, weight: Tensor, low: LowRank = None) -> Tensor:
 
 
 def weight_gradients(dy: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor | None]:
-    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I] -> [O, I], [O] in fp32."""
-    return (dy.t() @ x).float(), dy.sum(0, dtype=torch.float32) if bias else None
+    """dy^T x and, where `bias`, the sum of dy's rows. Shape: dy [T, O], x [T, I] -> [O, I], [O] in fp32, or as x."""
+    kind = torch.float32 if dy.dtype == HALF else dy.dtype
+    return (dy.t() @ x).to(kind), dy.sum(0, dtype=kind) if bias else None
 
 
 def gelu_gradient(dh: Tensor, y: Tensor) -> Tensor:

@@ -64,8 +64,8 @@ def call(name: str, *arguments: Any) -> int:
     loaded = library()
     if loaded is None:
         raise RuntimeError(f"{name}: C kernels are not available here")
-    *others, threads = (ctypes.c_int64(x) if isinstance(x, int) else x for x in arguments)
-    return int(getattr(loaded, name)(*others, ctypes.c_int(threads.value)))
+    *others, threads = arguments
+    return getattr(loaded, name)(*[ctypes.c_int64(x) if isinstance(x, int) else x for x in others], threads)
 
 
 @lru_cache(maxsize=1)

@@ -28,18 +28,27 @@ INLINE void transpose16(vu row[16]) {
 #undef WEAVE
 }
 
-/* Numbers 2 r and 2 r + 1 of 16 columns from rows `stride` apart, the first below the second; rows from `n` on are 0. */
-INLINE vu pair_of(const uint16_t *from, int64_t stride, int64_t r, int64_t n) {
+/* The first of 16 lanes, as many as there are. */
+INLINE __mmask16 leading(int64_t n) { return n < 16 ? (1u << most(0, n)) - 1 : 0xFFFF; }
+
+/* Numbers 2 r and 2 r + 1 of `some` of 16 columns from rows `stride` apart, the first below the second; rows from `n` on are 0. */
+INLINE vu some_pairs(const uint16_t *from, int64_t stride, int64_t r, int64_t n, __mmask16 some) {
   vu pair = splat_u(0);
-  if (2 * r < n) pair = __builtin_convertvector(*(const vh *)(from + 2 * r * stride), vu);
-  if (2 * r + 1 < n) pair |= __builtin_convertvector(*(const vh *)(from + (2 * r + 1) * stride), vu) << 16;
+  if (2 * r < n) pair = (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from + 2 * r * stride));
+  if (2 * r + 1 < n) pair |= (vu)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, from + (2 * r + 1) * stride)) << 16;
   return pair;
 }
+
+/* The same of all 16. */
+INLINE vu pair_of(const uint16_t *from, int64_t stride, int64_t r, int64_t n) { return some_pairs(from, stride, r, n, 0xFFFF); }
 
 /* Rows 2 r and 2 r + 1 of n side by side, number by number: [padded / 2][d] pairs. What is beyond n is 0. */
 static inline void paired(uint32_t *to, int64_t ldto, const uint16_t *from, int64_t stride, int64_t n, int64_t padded, int64_t d) {
   for (int64_t r = 0; r < padded / 2; r++)
-    for (int64_t j = 0; j < d; j += 16) *(vu *)(to + r * ldto + j) = pair_of(from + j, stride, r, n);
+    for (int64_t j = 0; j < d; j += 16) {
+      const __mmask16 some = leading(d - j);
+      _mm512_mask_storeu_epi32(to + r * ldto + j, some, (__m512i)some_pairs(from + j, stride, r, n, some));
+    }
 }
 
 #ifdef __AVX512BF16__

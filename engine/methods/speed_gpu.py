@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from regraft.engine.methods.half_lora import ADAPTER, is_one_pair
+from regraft.engine.methods.added_lora import ADAPTER, is_one_pair
 from regraft.kernels.lora import lora_linear
 from regraft.kernels.nf4 import NF4Weight, nf4_linear
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -113,8 +112,7 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
     updates = _native_updates(optimizer)
     if updates:
         with copies_written([u.weight for u in updates]) as copies:
-            halves = [replace(u, half=copies.get(id(u.weight))) for u in updates]
-            adamw_native.adamw(halves, max(over, 1.0))
+            adamw_native.adamw(updates, max(over, 1.0), [copies.get(id(u.weight)) for u in updates])
             _say_changed(optimizer)
         return
     if over > 1.0:

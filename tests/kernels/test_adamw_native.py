@@ -126,23 +126,24 @@ def test_the_same_bits_whatever_the_number_of_threads():
 
 
 def test_copies_in_bf16_are_the_new_weights_rounded_and_nothing_beside_them():
-    updates = []
+    updates, halves = [], []
     for size in (1, 7, 97, 1025, 70000):
         p, g, m, v = torch.randn(size), torch.randn(size), torch.zeros(size), torch.zeros(size)
         room = torch.full((size + 16,), 3.0, dtype=torch.bfloat16)
-        updates.append(adamw_native.Update(p, g, m, v, torch.zeros(()), 0.1, 0.1, BETAS, EPS, room[8:-8]))
+        updates.append(adamw_native.Update(p, g, m, v, torch.zeros(()), 0.1, 0.1, BETAS, EPS))
+        halves.append(room[8:-8])
         p[-1] = float("nan") if size == 97 else 1.0
     for _ in range(2):
-        adamw_native.adamw(updates, 1.5)
-        for u in updates:
-            assert torch.equal(u.half.nan_to_num(), u.weight.bfloat16().nan_to_num())
-            assert torch.equal(u.half.isnan(), u.weight.isnan())
-            room = torch.as_strided(u.half, (len(u.weight) + 16,), (1,), 0)
+        adamw_native.adamw(updates, 1.5, halves)
+        for u, half in zip(updates, halves, strict=True):
+            assert torch.equal(half.nan_to_num(), u.weight.bfloat16().nan_to_num())
+            assert torch.equal(half.isnan(), u.weight.isnan())
+            room = torch.as_strided(half, (len(u.weight) + 16,), (1,), 0)
             assert (room[:8] == 3.0).all() and (room[-8:] == 3.0).all()
     # what lies half way between two bf16 numbers goes to the even one: without a rate, weights stay as they are
     ties = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, -1.0 - 2**-8] * 5)
     zero, half = [torch.zeros(15) for _ in range(3)], torch.empty(15, dtype=torch.bfloat16)
-    adamw_native.adamw([adamw_native.Update(ties, *zero, torch.zeros(()), 0.0, 0.0, BETAS, EPS, half)])
+    adamw_native.adamw([adamw_native.Update(ties, *zero, torch.zeros(()), 0.0, 0.0, BETAS, EPS)], halves=[half])
     assert torch.equal(half, ties.bfloat16()) and half[0] != half[1] and half[0] == 1.0
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from checking import poisoned
-from regraft.kernels import linear_native
+from regraft.kernels import linear_native, lora_native
 from regraft.kernels.linear_native import HALF
 
 ROWS = [0, 1, 31, 32, 97, 1025]
@@ -63,8 +63,9 @@ def test_products_are_as_near_to_fp64_as_torchs(drawn, kind, rows, inputs, outpu
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
-@pytest.mark.parametrize("rank", [32, 96])
-def test_a_low_rank_term_is_added_in_the_same_sums(drawn, rows, inputs, outputs, rank):
+@pytest.mark.parametrize("rank", [1, 3, 32])
+def test_a_low_rank_term_is_added_in_the_same_sums(drawn, kind, rows, inputs, outputs, rank):
+    rank *= linear_native.step(torch.zeros(1, dtype=kind))
     x, w, b, dy = drawn(rows, inputs), drawn(outputs, inputs), drawn(outputs), drawn(rows, outputs)
     inner, up, back, down = drawn(rows, rank), drawn(outputs, rank), drawn(rows, rank), drawn(rank, inputs)
     with poisoned():
@@ -77,6 +78,27 @@ def test_a_low_rank_term_is_added_in_the_same_sums(drawn, rows, inputs, outputs,
     hold(active, torch.nn.functional.gelu(y), torch.nn.functional.gelu(y.double()))
     beside, above = torch.cat([dy, back], 1), torch.cat([w, down], 0)
     hold(dx, beside @ above, beside.double() @ above.double())
+
+
+@pytest.mark.parametrize("rows", [*ROWS, 2500])
+@pytest.mark.parametrize("wide", [32, 384, 1152])
+@pytest.mark.parametrize("thin", [1, 2, 3, 4, 7])
+def test_products_of_a_low_rank_are_as_near_to_fp64_as_torchs(drawn, kind, rows, wide, thin):
+    rank = thin * linear_native.step(torch.zeros(1, dtype=kind))
+    x, down, up, bias = drawn(rows, wide), drawn(rank, wide), drawn(wide, rank), drawn(rank)
+    inner = drawn(rows, rank)
+    with poisoned():
+        u, v = linear_native.linear(x, down, None), linear_native.input_gradient(x, up)
+        raised, active = linear_native.linear_gelu(x, down, bias)
+        back = linear_native.linear(inner, up, None)
+        d_down, none = linear_native.weight_gradients(inner, x, bias=False)
+    assert none is None
+    hold(u, x @ down.T, x.double() @ down.double().T)
+    hold(v, x @ up, x.double() @ up.double())
+    hold(raised, torch.nn.functional.linear(x, down, bias), x.double() @ down.double().T + bias.double())
+    hold(active, torch.nn.functional.gelu(raised), torch.nn.functional.gelu(raised.double()))
+    hold(back, inner @ up.T, inner.double() @ up.double().T)
+    hold(d_down, inner.float().T @ x.float(), inner.double().T @ x.double())
 
 
 def test_gelus_slope_is_as_near_to_fp64_as_torchs(drawn, kind):
@@ -121,9 +143,9 @@ def test_what_does_not_fit_is_refused_by_name(drawn):
         (lambda: linear_native.linear(drawn(3, 64), w, None), "x"),
         (lambda: linear_native.linear(drawn(3, 32), w, drawn(32)), "bias"),
         (lambda: linear_native.linear(torch.randn(3, 32, dtype=torch.float64), w, None), "x"),
-        (lambda: linear_native.linear(drawn(3, 32), drawn(48, 32), None), "weight"),
+        (lambda: linear_native.linear(drawn(3, 32), drawn(36, 32), None), "weight"),
         (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(4, 32), drawn(64, 32))), "low.0."),
-        (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(3, 8), drawn(64, 8))), "low.0."),
+        (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(3, 12), drawn(64, 12))), "low.0."),
         (lambda: linear_native.linear(drawn(3, 32), w, None, (drawn(3, 32), drawn(32, 32))), "low.1."),
         (lambda: linear_native.input_gradient(drawn(3, 64), w, (drawn(3, 64), drawn(32, 64))), "low.1."),
         (lambda: linear_native.input_gradient(drawn(3, 32), w), "dy"),
@@ -131,6 +153,25 @@ def test_what_does_not_fit_is_refused_by_name(drawn):
         (lambda: linear_native.gelu_gradient(drawn(4, 64), drawn(3, 64)), "dh"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: (last dimension )?is .*expected"):
+            call()
+
+
+def test_parts_of_lora_that_do_not_fit_are_refused_by_name(drawn):
+    w, down, up, x = drawn(64, 32), drawn(8, 32), drawn(64, 8), drawn(5, 32)
+    if not lora_native.runs_here(w):
+        pytest.skip("products in bf16 are by tiles on this processor")
+    u, dy = drawn(5, 8), drawn(5, 64)
+    for call, name in (
+        (lambda: lora_native.linear(drawn(5, 64), w, None, down, up, gelu=False, keep=True), "x"),
+        (lambda: lora_native.linear(x, w, drawn(32), down, up, gelu=False, keep=True), "bias"),
+        (lambda: lora_native.linear(x, w, None, drawn(8, 64), up, gelu=True, keep=True), "down"),
+        (lambda: lora_native.linear(x, w, None, drawn(12, 32), drawn(64, 12), gelu=True, keep=True), "up"),
+        (lambda: lora_native.linear(x, w, None, down, drawn(8, 64).t(), gelu=True, keep=True), "up"),
+        (lambda: lora_native.gradients(x, x, w, down, up, u, None, inputs=True, scale=1.0), "dy"),
+        (lambda: lora_native.gradients(dy, x, w, down, up, dy, None, inputs=True, scale=1.0), "inner"),
+        (lambda: lora_native.gradients(dy, x, w, down, up, u, x, inputs=True, scale=1.0), "out"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: .*expected"):
             call()
 
 

@@ -15,7 +15,6 @@ from regraft.kernels import attention, crf, varlen
 from regraft.kernels.cross_entropy import masked_cross_entropy
 from regraft.kernels.embedding import RowGradient, row_embedding
 from regraft.kernels.embedding_norm import embedding_layer_norm
-from regraft.kernels.folded_lora import folded_lora
 from regraft.kernels.gelu import bias_geglu, bias_gelu
 from regraft.kernels.lora import lora_linear
 from regraft.kernels.lstm import lstm
@@ -51,7 +50,6 @@ def whole(*shape: int) -> torch.Tensor:
 
 
 PARTS = {"a": [zeros(2, 6), zeros(2, 6)], "b": [zeros(4, 2), zeros(4, 2)]}
-FOLDED = {"down": [zeros(2, 6), zeros(2, 6)], "up": [zeros(4, 2), zeros(4, 2)]}
 TABLES = {"word": zeros(9, 6), "position": zeros(7, 6), "type_table": zeros(2, 6)}
 CRF = {"emissions": zeros(5, 4), "cu_seqlens": CU, "transitions": zeros(4, 4), "start": zeros(4), "end": zeros(4)}
 LAYOUT = attention.plan_layout([3, 2], CU)
@@ -107,11 +105,6 @@ WRAPPERS = {
         any_rank=("x",),
         dense=(),
         lists=("a", "b"),
-    ),
-    "folded_lora": Wrapper(
-        folded_lora,
-        {"x": zeros(5, 6), "base": zeros(2, 4, 6), "bias": zeros(2, 4), **FOLDED, "scale": 1.0},
-        lists=("down", "up"),
     ),
     "lstm": Wrapper(
         lstm,

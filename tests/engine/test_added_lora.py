@@ -1,4 +1,5 @@
-"""LoRA over bf16 weights is as near to fp64 as autocast's own, follows every change, and is peft's where it does not apply."""
+"""LoRA as one product a layer is as near to fp64 as peft's, in fp32 and in bf16, follows every change, and is peft's where it
+does not apply."""
 
 from __future__ import annotations
 
@@ -12,23 +13,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from regraft.engine.half_weights import HALF, bind_half_weights
-from regraft.engine.methods.half_lora import HalfLora, fits, half_lora
-from regraft.engine.methods.speed import bind_half_lora
+from regraft.engine.methods.added_lora import AddedLora, added_lora, fits
+from regraft.engine.methods.speed import bind_added_lora
 from regraft.engine.models import RunningModel
 from regraft.engine.packing import pack
 from regraft.engine.training.optimizer import clipped_step
 from regraft.kernels import linear_native
 
-tiles = pytest.mark.skipif(
-    not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF)),
-    reason="a processor that multiplies bf16 neither by tiles (AMX) nor by vectors (AVX-512)",
-)
+
+@pytest.fixture(params=[True, False], ids=["bf16", "fp32"])
+def half(request):
+    return request.param
 
 
-@pytest.fixture(params=[pytest.param("tiles", marks=tiles), "torch"], autouse=True)
-def products(request, monkeypatch):
-    if request.param == "torch":  # as on a processor that does neither
+@pytest.fixture(params=["c", "torch"], autouse=True)
+def products(request, half, any_vendor, monkeypatch):
+    if request.param == "torch":  # as on a processor that has neither tiles nor long vectors
         monkeypatch.setattr(linear_native, "runs_here", lambda weight: False)
+    elif not linear_native.runs_here(torch.zeros(32, 32, dtype=HALF if half else torch.float32)):
+        pytest.skip("a processor that has neither tiles (AMX) nor long vectors (AVX-512) for this type")
 
 
 NAMES = ("query", "key", "value")
@@ -75,9 +78,13 @@ def by_peft(parts: list, x: Tensor) -> Tensor:
     return torch.cat([part(x) for part in parts], dim=-1)
 
 
-def under_autocast(how):
+def autocast(half: bool):
+    return torch.autocast("cpu", HALF, enabled=half)
+
+
+def within(half: bool, how):
     def run(parts: list, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", HALF):
+        with autocast(half):
             return how(parts, x)
 
     return run
@@ -91,48 +98,49 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(("rows", "draws"), [(1, 40), (33, 4), (700, 1)])
 @pytest.mark.parametrize(("count", "rank", "inputs"), [(1, 8, 64), (3, 8, 64), (3, 17, 64), (1, 32, 64), (3, 8, 40)])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_output_and_gradients_are_as_near_to_fp64_as_autocasts(rows, draws, count, rank, inputs, gelu):
+def test_output_and_gradients_are_as_near_to_fp64_as_pefts(rows, draws, count, rank, inputs, gelu, half):
     # One row's gradient is made of eight rounded numbers: what it is off by says little, the mean over many rows does.
-    ours, autocasts = [], []
+    ours, theirs = [], []
     for _ in range(draws):
         model = adapted(inputs, rank=rank)
         x, dy = torch.randn(rows, inputs), torch.randn(rows, 96 * count)
-        half = HalfLora(layers(model, count))
-        assert fits(half.layers)
-        found = results(model, count, x, dy, lambda _, x, half=half: half_lora(x, half, gelu))
-        plain = results(model, count, x, dy, under_autocast(by_peft), gelu)
+        lora = AddedLora(layers(model, count), half=half)
+        assert fits(lora.layers)
+        found = results(model, count, x, dy, within(half, lambda _, x, lora=lora: added_lora(x, lora, gelu)))
+        plain = results(model, count, x, dy, within(half, by_peft), gelu)
         exact = results(copy.deepcopy(model).double(), count, x.double(), dy.double(), by_peft, gelu)
         ours.append([error(one, wanted) for one, wanted in zip(found, exact, strict=True)])
-        autocasts.append([error(one, wanted) for one, wanted in zip(plain, exact, strict=True)])
-    assert torch.all(torch.tensor(ours).mean(0) <= 1.2 * torch.tensor(autocasts).mean(0))
-    assert found[0].dtype == HALF and all(g.dtype == torch.float32 for g in found[1:])
+        theirs.append([error(one, wanted) for one, wanted in zip(plain, exact, strict=True)])
+    more = 1.2 if half else 2.0  # in fp32 sums are of other orders, and a few rows say less
+    assert torch.all(torch.tensor(ours).mean(0) <= more * torch.tensor(theirs).mean(0))
+    assert found[0].dtype == (HALF if half else torch.float32) and all(g.dtype == torch.float32 for g in found[1:])
 
 
-def test_it_follows_an_optimizer_a_copy_and_memory_put_in_place():
+def test_it_follows_an_optimizer_a_copy_and_memory_put_in_place(half):
     model = adapted()
-    half, x = HalfLora(layers(model, 3)), torch.randn(9, 64)
-    parts = [*(p.lora_A.default.weight for p in half.layers), *(p.lora_B.default.weight for p in half.layers)]
+    lora, x = AddedLora(layers(model, 3), half=half), torch.randn(40, 64)
+    parts = [*(p.lora_A.default.weight for p in lora.layers), *(p.lora_B.default.weight for p in lora.layers)]
     optimizer = torch.optim.AdamW(parts, lr=0.1, fused=True)
 
     def stepped() -> None:
-        half_lora(x, half).square().sum().backward()
+        added_lora(x, lora).square().sum().backward()
         clipped_step(optimizer, torch.tensor(1.0), 1.0)
 
     changes = [
         stepped,
         lambda: [part.copy_(part * 0.5) for part in parts],
         lambda: [setattr(part, "data", part.data + 0.05) for part in parts],
-        lambda: half.layers[1].base_layer.weight.mul_(2.0),
-        lambda: setattr(half.layers[2].lora_B, "default", nn.Linear(8, 96, bias=False)),
+        lambda: lora.layers[1].base_layer.weight.mul_(2.0),
+        lambda: setattr(lora.layers[2].lora_B, "default", nn.Linear(8, 96, bias=False)),
     ]
-    before = half_lora(x, half).detach()
+    before = added_lora(x, lora).detach()
     for change in changes:
         with torch.set_grad_enabled(change is stepped):
             change()
-        now = half_lora(x, half).detach()
+        now = added_lora(x, lora).detach()
         assert not torch.equal(now, before)
-        wanted = under_autocast(by_peft)(half.layers, x).detach()
-        assert (now - wanted).abs().max() <= 2**-6 * wanted.abs().max()
+        wanted = within(half, by_peft)(lora.layers, x).detach()
+        assert (now - wanted).abs().max() <= (2**-6 if half else 1e-5) * wanted.abs().max()
         before = now
 
 
@@ -141,8 +149,8 @@ def test_what_is_not_one_plain_pair_of_one_kind_is_left_to_peft(options):
     assert not fits(layers(adapted(**options), 3))
 
 
-def pair(folder) -> tuple[RunningModel, RunningModel]:
-    """The same adapted model twice: under plain autocast, and bound."""
+def pair(folder, half: bool) -> tuple[RunningModel, RunningModel]:
+    """The same adapted model twice: as peft has it, and bound."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
     for weight in model.parameters():
@@ -159,42 +167,43 @@ def pair(folder) -> tuple[RunningModel, RunningModel]:
         running.run_packed()
         running.use_kernels()
         if bound:
-            assert bind_half_weights(running) and bind_half_lora(running) == 13  # six of each layer, and the pooler
+            assert not half or bind_half_weights(running)
+            assert bind_added_lora(running, half=half) == 13  # six of each layer, and the pooler
         both.append(running.eval())
     return both[0], both[1]
 
 
-def logits(running: RunningModel, *, half: bool = True) -> Tensor:
+def logits(running: RunningModel, half: bool) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     batch = pack([torch.randint(5, 60, (n,), generator=generator).numpy() for n in (3, 17, 1, 9)])
-    with torch.autocast("cpu", HALF, enabled=half):
+    with autocast(half):
         return running(batch).float()
 
 
-def gradients(running: RunningModel, *, half: bool = True) -> dict[str, Tensor]:
+def gradients(running: RunningModel, half: bool) -> dict[str, Tensor]:
     running.zero_grad(set_to_none=True)
-    logits(running, half=half).square().sum().backward()
+    logits(running, half).square().sum().backward()
     return {n: p.grad for n, p in running.model.named_parameters() if p.grad is not None}
 
 
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= 2**-5 * wanted.abs().max() + 1e-6)
+def close(found: Tensor, wanted: Tensor, half: bool) -> bool:
+    return bool((found - wanted).abs().max() <= (2**-5 if half else 1e-4) * wanted.abs().max() + 1e-6)
 
 
-def test_a_bound_model_gives_the_logits_and_gradients_of_autocast(tiny_model):
-    plain, bound = pair(tiny_model)
-    assert close(logits(bound), logits(plain))
-    ours, theirs, exact = gradients(bound), gradients(plain), gradients(plain, half=False)
+def test_a_bound_model_gives_the_logits_and_gradients_of_peft(tiny_model, half):
+    plain, bound = pair(tiny_model, half)
+    assert close(logits(bound, half), logits(plain, half), half)
+    ours, theirs, exact = gradients(bound, half), gradients(plain, half), gradients(plain, False)
     assert ours.keys() == theirs.keys() and len(theirs) > 20
     for name, wanted in exact.items():
-        assert error(ours[name], wanted) <= 2 * error(theirs[name], wanted) + 2e-3, name
+        assert error(ours[name], wanted) <= (2 * error(theirs[name], wanted) + 2e-3 if half else 1e-4), name
     layer = bound.model.base_model.encoder.layer[0]
     calls = [layer.attention.self, layer.intermediate, layer.output.dense]
     assert all("forward" in vars(module) for module in calls)
 
 
-def test_adapters_that_are_merged_changed_or_switched_off_are_followed(tiny_model):
-    plain, bound = pair(tiny_model)
+def test_adapters_that_are_merged_changed_or_switched_off_are_followed(tiny_model, half):
+    plain, bound = pair(tiny_model, half)
 
     def each(change) -> None:
         for running in (plain, bound):
@@ -206,7 +215,7 @@ def test_adapters_that_are_merged_changed_or_switched_off_are_followed(tiny_mode
         with torch.no_grad():
             module.lora_B.default.weight.mul_(1.5)
 
-    seen = [logits(bound)]
+    seen = [logits(bound, half)]
     for change, differs in (
         (lambda m: m.merge(), False),
         (lambda m: m.unmerge(), False),
@@ -216,6 +225,6 @@ def test_adapters_that_are_merged_changed_or_switched_off_are_followed(tiny_mode
         (lambda m: m.enable_adapters(False), True),
     ):
         each(change)
-        seen.append(logits(bound))
-        assert close(seen[-1], logits(plain))
-        assert differs == (not close(seen[-1], seen[-2]))
+        seen.append(logits(bound, half))
+        assert close(seen[-1], logits(plain, half), half)
+        assert differs == (not close(seen[-1], seen[-2], half))
