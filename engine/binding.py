@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from regraft.engine.models import RunningModel
 
 PROOF_TOLERANCE = 1e-4
+SHORT = (torch.bfloat16, torch.float16)
 _log = logging.getLogger("regraft.kernels")
 Kinds = dict[str, tuple[Callable[[Any], bool], Callable[..., Any]]]
 
@@ -67,12 +69,28 @@ def small_batch(running: RunningModel) -> Any:
     return pack(ids).to(next(running.parameters()).device)
 
 
+@contextmanager
+def in_full_precision(model: nn.Module) -> Iterator[None]:
+    """Within, layers that round to 16 bits by themselves, as bitsandbytes' do over weights in 4 bits, work in fp32: two ways of
+    computing the same differ by less there than by a mistake."""
+    rounding: list[Any] = [m for m in model.modules() if getattr(m, "compute_dtype", None) in SHORT]
+    before = [module.compute_dtype for module in rounding]
+    for module in rounding:
+        module.compute_dtype = torch.float32
+    try:
+        yield
+    finally:
+        for module, dtype in zip(rounding, before, strict=True):
+            module.compute_dtype = dtype
+
+
 @torch.no_grad()
 def logits_of_small(running: RunningModel, batch: Any) -> Tensor:
     was_training = running.training
     running.eval()
     try:
-        return running(batch)
+        with in_full_precision(running.model):
+            return running(batch)
     finally:
         running.train(was_training)
 

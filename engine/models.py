@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from regraft.engine.binding import PROOF_TOLERANCE, in_full_precision
 from regraft.engine.errors import ModelError
 from regraft.engine.methods.virtual import Prefix, PrefixedState, Prompt, virtual_tokens
 from regraft.engine.output_scale import OutputScale
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from regraft.engine.vocabulary_head import VocabularyHead
 
 ATTENTION = "regraft_packed"
-PROOF_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -405,7 +405,7 @@ class _Proof:
         was_training = self.running.training
         self.running.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), in_full_precision(self.running.model):
                 found = self.running(self.batch)
                 return torch.cat([x.double().flatten() for x in found]) if isinstance(found, tuple) else found.double()
         finally:

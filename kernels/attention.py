@@ -291,7 +291,7 @@ def packed_attention(
         return attention_native.merged_attention(
             qkv, layout.cu_seqlens, layout.longest, scale=scale, dropout_p=dropout_p, window=window
         )
-    return _PackedAttention.apply(qkv, layout, scale, dropout_p, window)
+    return _PackedAttention.apply(_short(qkv), layout, scale, dropout_p, window)
 
 
 def _expect_separate(q: Tensor, k: Tensor, v: Tensor, layout: Layout, queries: int) -> None:
@@ -304,6 +304,14 @@ def _expect_options(dropout_p: float, window: int | None) -> None:
     expect_range("dropout_p", dropout_p, 0, BELOW)
     if window is not None and window < 0:
         raise ValueError(f"window: is {window}, expected None or a number of positions from 0")
+
+
+def _short(x: Tensor) -> Tensor:
+    # autocast would cast what products read, forward alone: the backward would meet both types
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _flash_attention(qkv: Tensor, layout: Layout, scale: float, p: float, window: int | None) -> Tensor | None:
@@ -343,7 +351,7 @@ def first_row_attention(
         return attention_native.separate_attention(
             q, k, v, layout.one_each, layout.cu_seqlens, layout.longest, scale=scale, dropout_p=dropout_p
         )
-    kv = torch.stack((k, v), dim=1)
+    q, kv = _short(q), _short(torch.stack((k, v), dim=1))
     heads = q.shape[1]
     out = []
     for group, rows in zip(layout.grouped.groups, layout.grouped.members, strict=True):

@@ -49,6 +49,7 @@ class Int8Linear(nn.Linear):
         out = _Int8Product.apply(x, self.weight, self.scale)
         return out if self.bias is None else out + self.bias
 
-    def whole_weight(self) -> Tensor:
-        """[M, K] fp32."""
-        return self.weight.float() * self.scale[:, None]
+    def whole_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[M, K], rounded once."""
+        whole = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        return torch.mul(self.weight, self.scale[:, None], out=whole)

@@ -1,11 +1,11 @@
 """A frozen linear layer with a low-rank update, forward and backward in one call of C each (native_products.c), on CPU.
 
     u = x A^T,   y = x W^T + u B^T + b,   h = gelu(y)
-    dy = dh gelu'(y),   v = dy B,   dx = dy W + v A,   dA = v^T x,   dB = scale u^T dy
+    dy = dh gelu'(y),   v = dy B,   dx = dy W + v A,   dA = v^T x,   dB = scale dy^T u
 
 The products are those of linear_native.py by vectors; one call spares the seven others their way through Python, which takes as long as
 the thin ones themselves. Shape: x [T, I], W [O, I], b [O], A [R, I], B [O, R], u and v [T, R], y, h, dy and dh [T, O], all bf16
-or all fp32; dA [R, I] and dB [R, O] in fp32. I and O are multiples of 32, R of 8. FLOPs: 2 T (I O + R (I + O)) each way,
+or all fp32; dA [R, I] and dB [O, R] in fp32. I and O are multiples of 32, R of 8. FLOPs: 2 T (I O + R (I + O)) each way,
 and as many as 4 T R (I + O) more backward; bytes moved as in linear_native.py.
 """
 
@@ -24,7 +24,7 @@ from regraft.kernels.linear_native import PART, SIDE, by_vectors, expect_part
 class _Lora(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "down", "up", "inner", "out", "active")),
-        *((name, ctypes.c_void_p) for name in ("dy", "slopes", "back", "dx", "d_down", "d_up", "room")),
+        *((name, ctypes.c_void_p) for name in ("dy", "slopes", "back", "dx", "d_down", "d_up", "room", "d_turned")),
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "rank", "half")),
         ("scale", ctypes.c_float),
     ]
@@ -68,10 +68,13 @@ def gradients(
     rows, rank = x.shape[0], down.shape[0]
     given = {"dy": dy, "x": x, "weight": weight, "down": down, "up": up, "inner": inner, "out": out}
     _check(given, rows, weight.shape[1], weight.shape[0], rank, weight.dtype)
-    d_down, d_up = (x.new_empty(rank, n, dtype=torch.float32) for n in reversed(weight.shape))
+    outputs, width = weight.shape
+    shapes = (rank, width), (outputs, rank), (rank, outputs)
+    d_down, d_up, d_turned = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     dx = torch.empty_like(x) if inputs else None
     made = {"slopes": None if out is None else torch.empty_like(dy), "back": torch.empty_like(inner), "dx": dx}
-    _call("regraft_lora_slopes", given | made | {"d_down": d_down, "d_up": d_up}, weight, rows, rank, scale)
+    made |= {"d_down": d_down, "d_up": d_up, "d_turned": d_turned}
+    _call("regraft_lora_slopes", given | made, weight, rows, rank, scale)
     return dx, d_down, d_up
 
 

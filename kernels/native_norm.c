@@ -82,8 +82,10 @@ INLINE void backward_of(const Problem *p, int64_t row, const void *dy, float *z,
     *normal *= by;
     slope += g;
     along += g * *normal;
-    *(vf *)(dweight + j) += up_ * *normal;
-    *(vf *)(dbias + j) += up_;
+    if (dweight) {
+      *(vf *)(dweight + j) += up_ * *normal;
+      *(vf *)(dbias + j) += up_;
+    }
   }
   const vf flat = splat(total(slope) / (float)width), tilt = splat(total(along) / (float)width);
   EACH(j, width) {
@@ -124,7 +126,8 @@ INLINE void backward_of_rows(const Problem *p, int64_t first, int64_t last, cons
                                     float *sum, float *z) {
   const int64_t width = p->width;
   float *recent = z + width;
-  for (int64_t begin = first; begin < last; begin += BLOCK) {
+  for (int64_t row = first; !sum && row < last; row++) backward_of(p, row, dy, z, dx, dresidual, NULL, NULL);
+  for (int64_t begin = first; sum && begin < last; begin += BLOCK) {
     memset(recent, 0, 2 * width * sizeof(float));
     for (int64_t row = begin; row < least(last, begin + BLOCK); row++)
       backward_of(p, row, dy, z, dx, dresidual, recent, recent + width);
@@ -132,16 +135,16 @@ INLINE void backward_of_rows(const Problem *p, int64_t first, int64_t last, cons
   }
 }
 
-/* Gradients: dx and, unless NULL, dresidual [rows, width]; sums [threads, 2, width], begun at 0, in whose first two rows
-   those of weight and bias are at the end. `scratch`: [threads, 3, width]. */
+/* Gradients: dx and, unless NULL, dresidual [rows, width]; unless NULL, sums [threads, 2, width], begun at 0, in whose first two
+   rows those of weight and bias are at the end. `scratch`: [threads, 3, width]. */
 void regraft_norm_backward(const Problem *p, const void *dy, void *dx, void *dresidual, float *sums, float *scratch,
                            int threads) {
   const int64_t width = p->width, share = (p->rows + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int64_t part = 0; part < threads; part++) {
     const int64_t last = least(p->rows, (part + 1) * share);
-    float *z = scratch + part * 3 * width, *sum = sums + part * 2 * width;
+    float *z = scratch + part * 3 * width, *sum = sums ? sums + part * 2 * width : NULL;
     WITH_HALVES(p, backward_of_rows(problem, part * share, last, dy, dx, dresidual, sum, z));
   }
-  add_up(sums, threads, 2 * width);
+  if (sums) add_up(sums, threads, 2 * width);
 }

@@ -371,14 +371,15 @@ int regraft_slopes(const Slopes *p, int threads) {
   return 0;
 }
 /* A frozen linear layer with a low-rank update of its weight W, and the gradients of the update's two factors:
-   u = x A^T,  y = x W^T + u B^T + b,   v = dy B,  dx = dy W + v A,  dA = v^T x,  dB = scale u^T dy */
+   u = x A^T,  y = x W^T + u B^T + b,   v = dy B,  dx = dy W + v A,  dA = v^T x,  dB = scale dy^T u */
 typedef struct {
   const void *x, *weight, *bias, *down, *up; /* [rows][inputs], W [outputs][inputs], b or NULL, A [rank][inputs], B [outputs][rank] */
   void *inner, *out, *active;                /* u [rows][rank]; y and its GELU, as of a product */
   const void *dy;                            /* [rows][outputs], of y or, where `slopes`, of its GELU */
   void *slopes, *back, *dx;                  /* dy times the GELU's slope, or NULL; v [rows][rank]; or NULL */
-  float *d_down, *d_up;                      /* [rank][inputs], [rank][outputs] */
-  char *room;                                /* as much as the largest of these products needs */
+  float *d_down, *d_up;                      /* [rank][inputs], [outputs][rank] */
+  char *room;                                /* as much as the largest of these products needs, and */
+  float *d_turned;                           /* [rank][outputs] */
   int64_t rows, inputs, outputs, rank, half;
   float scale;
 } Lora;
@@ -401,7 +402,7 @@ int regraft_lora_slopes(const Lora *p, int threads) {
   Product thin = {.a = dy, .b = p->up, .out = p->back, .room = p->room};
   Product whole = {.a = dy, .b = p->weight, .more = p->back, .beside = p->down, .out = p->dx, .room = p->room};
   Slopes down = {.dy = p->back, .x = p->x, .dw = p->d_down, .room = p->room};
-  Slopes up = {.dy = p->inner, .x = dy, .dw = p->d_up, .room = p->room};
+  Slopes up = {.dy = p->inner, .x = dy, .dw = p->d_turned, .room = p->room};
   thin.rows = whole.rows = down.rows = up.rows = p->rows, thin.half = whole.half = down.half = up.half = p->half;
   thin.inner = whole.inner = up.in = p->outputs, thin.wide = whole.thin = down.out = up.out = p->rank;
   whole.wide = down.in = p->inputs;
@@ -410,7 +411,8 @@ int regraft_lora_slopes(const Lora *p, int threads) {
   if (p->dx) regraft_product(&whole, threads);
   regraft_slopes(&down, threads);
   regraft_slopes(&up, threads);
-  for (int64_t i = 0; i < p->rank * p->outputs; i++) p->d_up[i] *= p->scale;
+  for (int64_t o = 0; o < p->outputs; o++)
+    for (int64_t r = 0; r < p->rank; r++) p->d_up[o * p->rank + r] = p->d_turned[r * p->outputs + o] * p->scale;
   return 0;
 }
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regraft.kernels import nf4_native
 from regraft.kernels.checks import expect
 from regraft.kernels.choice import use_triton
 from regraft.kernels.lang import MORE_ROWS, cdiv, jit, store, tl
@@ -167,6 +168,10 @@ def _dequantise(
                 HALF=blocksize // 2, SECOND=blocksize2, NESTED=absmax2 is not None, BYTES=tile,
             )  # fmt: skip
         return out
+    if nf4_native.runs_here(packed, dtype):
+        again = None if absmax2 is None or code2 is None or offset is None else (absmax2, code2, offset)
+        shape, blocks = (rows, columns), (blocksize, blocksize2)
+        return nf4_native.dequantise(packed, _code(packed.device), absmax, again, shape, blocks, dtype)
     scales = _scales(absmax, absmax2, code2, offset, blocksize2)
     values = _pairs(packed.device).index_select(0, packed.int()).view(torch.float32)
     whole = count // blocksize * blocksize

@@ -74,11 +74,14 @@ class _Norm(torch.autograd.Function):
         # without dropout both are the same numbers
         apart = ctx.options["threshold"] or x.dtype != residual.dtype
         dresidual = torch.empty_like(residual) if apart else None
-        sums, scratch = _numbers(threads, 2, width).zero_(), _numbers(threads, 3, width)
+        frozen = not any(ctx.needs_input_grad[2:4])
+        sums, scratch = None if frozen else _numbers(threads, 2, width).zero_(), _numbers(threads, 3, width)
         problem = _problem(x, residual, weight, bias, ctx.options)
         parts = map(at, (grad, dx, dresidual, sums, scratch))
         native.call("regraft_norm_backward", ctypes.byref(problem), *parts, threads)
-        slopes = [None if dtype is None else s.to(dtype) for s, dtype in zip(sums[0], ctx.dtypes, strict=True)]
+        slopes: list[Tensor | None] = [None, None]
+        if sums is not None:
+            slopes = [None if dtype is None else s.to(dtype) for s, dtype in zip(sums[0], ctx.dtypes, strict=True)]
         return dx, dx if dresidual is None else dresidual, *slopes, None, None
 
 

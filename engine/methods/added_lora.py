@@ -7,7 +7,8 @@ In bf16 x, W, b, A, B, u, v, y and dx are in bf16, dA and dB in fp32; else all i
 Layers that share their input are one product: their A_i stand one below the other, their B_i on the diagonal of one matrix.
 Shape: x [T, K]; n layers of M outputs each, rank r; A [R, K], B [n M, R], where R is n r rounded up to what is multiplied
 together and the rest is zero. A frozen weight is cast once, A and B once an optimizer step; the weights that peft sees stay fp32.
-A frozen weight has no gradient: no product of T x M with T x K is made. Dropout on the way to A and DoRA's magnitudes are not
+A frozen weight has no gradient: no product of T x M with T x K is made. A quantised one (QLoRA, int8) is made whole for the forward
+and again for the backward, in memory that lasts as long as the product. Dropout on the way to A and DoRA's magnitudes are not
 among these sums: such layers stay peft's.
 """
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from regraft.engine.half_weights import HALF, HalfWeights, in_force
+from regraft.engine.methods.quantise import QuantisedWeights, is_quantised
 from regraft.engine.products import OwnWeights, faster, shaped
 from regraft.kernels import linear_native, lora_native
 
@@ -37,27 +39,32 @@ def is_one_pair(module: Any) -> bool:
 
 
 def fits(layers: Sequence[Any]) -> bool:
-    """Whether LoRA layers are alike, in fp32, and without dropout."""
-    if not all(is_one_pair(layer) and type(layer.base_layer) is nn.Linear for layer in layers):
-        return False
-    bases = [layer.base_layer for layer in layers]
-    if any(base.weight.dtype != torch.float32 for base in bases):
+    """Whether LoRA layers are alike, over weights in fp32 or quantised ones, and without dropout."""
+    if not all(is_one_pair(layer) and _is_known(layer.base_layer) for layer in layers):
         return False
     if any(type(layer.lora_dropout[ADAPTER]) is not nn.Identity for layer in layers):
         return False
-    kinds = {
-        (layer.in_features, layer.base_layer.bias is None, layer.r[ADAPTER], layer.scaling[ADAPTER]) for layer in layers
-    }
-    return len(kinds) == 1
+    shared = [(layer.base_layer, layer.r[ADAPTER], layer.scaling[ADAPTER]) for layer in layers]
+    return len({(type(base), base.in_features, base.bias is None, *pair) for base, *pair in shared}) == 1
+
+
+def _is_known(base: Any) -> bool:
+    return base.weight.dtype == torch.float32 if type(base) is nn.Linear else is_quantised(base)
 
 
 class AddedLora:
-    """Frozen linear layers over the same input and their LoRA pairs, as they are multiplied: in bf16 where `half`."""
+    """Frozen linear layers over the same input and their LoRA pairs, as they are multiplied: in bf16 where `half`. `whole`: weights that
+    are there anyhow, and need not be made again for the backward."""
 
     def __init__(self, layers: Sequence[Any], *, half: bool) -> None:
         self.layers, self.half = list(layers), half
         bases = [layer.base_layer for layer in layers]
-        self.base = HalfWeights(bases) if half else OwnWeights(bases)
+        self.whole = type(bases[0]) is nn.Linear
+        self.base: HalfWeights | OwnWeights | QuantisedWeights
+        if self.whole:
+            self.base = HalfWeights(bases) if half else OwnWeights(bases)
+        else:
+            self.base = QuantisedWeights(bases, HALF if half else torch.float32)
         rank, self.blocks = self.layers[0].r[ADAPTER], list[tuple[slice, slice]]()
         end = 0
         for i, base in enumerate(bases):
@@ -86,7 +93,7 @@ class AddedLora:
         if self.half:
             return in_force(x)
         plain = not torch.is_autocast_enabled(x.device.type) and not torch.jit.is_tracing()
-        return plain and x.dtype == self.layers[0].base_layer.weight.dtype
+        return plain and x.dtype == self.weights[0].dtype
 
     def pairs(self, step: int) -> tuple[Tensor, Tensor]:
         """A [R, K] and s B [O, R] as they are now, R a multiple of `step`."""
@@ -128,7 +135,7 @@ class _AddedLora(torch.autograd.Function):
                 out, active = ctx.by.linear_gelu(rows, weight, bias, (inner, up), keep=keep)
             else:
                 out, active = None, ctx.by.linear(rows, weight, bias, (inner, up))
-        ctx.save_for_backward(rows, weight, down, up, inner, out if gelu else None)
+        ctx.save_for_backward(rows, weight if lora.whole else None, down, up, inner, out if gelu else None)
         ctx.lora, ctx.scale, ctx.dtype = lora, lora.scale, x.dtype
         return shaped(active, x)
 
@@ -136,6 +143,8 @@ class _AddedLora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
         rows, weight, down, up, inner, out = ctx.saved_tensors
+        if weight is None:
+            weight, _ = ctx.lora.base.current()
         slopes = ctx.by.as_rows(grad, weight.dtype)
         inputs, blocks = ctx.needs_input_grad[0], ctx.lora.blocks
         if ctx.at_once:
@@ -147,11 +156,11 @@ class _AddedLora(torch.autograd.Function):
             back = ctx.by.input_gradient(slopes, up)
             dx = ctx.by.input_gradient(slopes, weight, (back, down)) if inputs else None
             d_down, _ = ctx.by.weight_gradients(back, rows, bias=False)
-            d_up = ctx.by.weight_gradients(inner, slopes, bias=False)[0] * ctx.scale  # [R, O]
+            d_up = ctx.by.weight_gradients(inner, slopes, bias=False)[0].t() * ctx.scale
         if dx is not None:
             dx = shaped(dx, grad).to(ctx.dtype)
         d_downs = [d_down[columns] for _, columns in blocks]
-        d_ups = [d_up[columns, outputs].t() for outputs, columns in blocks]
+        d_ups = [d_up[outputs, columns] for outputs, columns in blocks]
         return dx, None, None, None, *d_downs, *d_ups
 
 

@@ -3,6 +3,7 @@ layers named by `backbone_linears`, by full path, are replaced."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -74,11 +75,49 @@ def import_bitsandbytes(what: str) -> Any:
     return bitsandbytes
 
 
-def whole_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] in fp32 that a quantised (or plain) linear layer computes with."""
+def whole_weight(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] that a quantised (or plain) linear layer computes with."""
     weight: Any = module.weight
     if isinstance(module, Int8Linear):
-        return module.whole_weight()
+        return module.whole_weight(dtype)
     if getattr(weight, "quant_state", None) is not None:
-        return dequantise(NF4Weight.of(weight), torch.float32)
-    return weight.detach().float()
+        return dequantise(NF4Weight.of(weight), dtype)
+    return weight.detach().to(dtype)
+
+
+def is_quantised(module: Any) -> bool:
+    """Whether a linear layer is one of `quantise_backbone` whose weight can be made whole."""
+    if isinstance(module, Int8Linear):
+        return True
+    try:
+        NF4Weight.of(module.weight)
+    except (AttributeError, ValueError, TypeError):
+        return False
+    return True
+
+
+class QuantisedWeights:
+    """Weights [O, I] and biases [O] of quantised layers over the same input, made whole for a product and forgotten after it."""
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = list(layers), dtype
+        self._packed: dict[
+            int, tuple[int, NF4Weight]
+        ] = {}  # by place of the layer: where its values lie, and what they are
+
+    def current(self) -> tuple[Tensor, Tensor | None]:
+        """All one below the other."""
+        with torch.no_grad():
+            weights = [self._whole(place) for place in range(len(self.layers))]
+            biases = [layer.bias.to(self.dtype) for layer in self.layers if layer.bias is not None]
+            weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+            return weight, torch.cat(biases) if biases else None
+
+    def _whole(self, place: int) -> Tensor:
+        layer = self.layers[place]
+        if isinstance(layer, Int8Linear):
+            return layer.whole_weight(self.dtype)
+        at = layer.weight.data_ptr()
+        if self._packed.get(place, (None,))[0] != at:
+            self._packed[place] = at, NF4Weight.of(layer.weight)
+        return dequantise(self._packed[place][1], self.dtype)

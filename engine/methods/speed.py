@@ -11,7 +11,7 @@ from torch import Tensor
 from regraft.engine.binding import is_exact_gelu
 from regraft.engine.fast import attended
 from regraft.engine.half_weights import bind_half_weights
-from regraft.engine.methods.added_lora import ADAPTER, AddedLora, added_lora, fits
+from regraft.engine.methods.added_lora import AddedLora, added_lora, fits
 from regraft.engine.products import unwatched
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def use_method_kernels(running: RunningModel, config: RunConfig, precision: str) -> int:
-    """On a CPU, LoRA without dropout or magnitudes as one product a layer; in bf16, weights kept in bf16 beside the fp32 ones,
-    LoRA's pairs too. On a GPU: LoRA by `speed_gpu`. How many layers."""
+    """On a CPU, LoRA without dropout or magnitudes, over whole weights or quantised ones, as one product a layer; in bf16, weights
+    kept in bf16 beside the fp32 ones, LoRA's pairs too. On a GPU: LoRA by `speed_gpu`. How many layers."""
     if config.training.sharding != "none":
         return 0  # these hold whole weights, which sharding is there to spare
     if next(running.model.parameters()).device.type != "cpu":
@@ -29,28 +29,31 @@ def use_method_kernels(running: RunningModel, config: RunConfig, precision: str)
 
         return sum(bind_lora(running).values()) if config.method in ("lora", "qlora") else 0
     half = precision == "bf16"
-    plain = (
-        config.method == "lora" and not config.lora.dropout and not config.lora.dora and precision in ("fp32", "bf16")
-    )
     held = bind_half_weights(running) if half else 0
-    return held + (bind_added_lora(running, half=half) if plain else 0)
+    return held + (bind_added_lora(running, half=half) if _is_plain(config, precision) else 0)
+
+
+def _is_plain(config: RunConfig, precision: str) -> bool:
+    if config.method not in ("lora", "qlora", "int8") or config.lora.dropout or config.lora.dora:
+        return False
+    # what products over weights in 4 bits run in has a key of its own
+    compute = config.quantise.compute if config.method == "qlora" else "auto"
+    return precision in ("fp32", "bf16") and compute in ("auto", precision)
 
 
 def bind_added_lora(running: RunningModel, *, half: bool) -> int:
     """LoRA layers each as one product with its low-rank term, and with GELU where that follows; queries, keys and values of
     BERT-like attention in one. How many layers."""
-    from peft.tuners.lora import Linear
-
-    layers = [m for m in running.model.modules() if type(m) is Linear and fits([m])]
+    layers: list[Any] = [m for m in running.model.modules() if fits([m])]
     for layer in layers:
-        layer.regraft_lora = AddedLora([layer], half=half)  # type: ignore[assignment]
-        layer.forward = _linear_forward.__get__(layer)  # type: ignore[method-assign]
-    for module in merged_projections(running):
-        parts = [module.query, module.key, module.value]
-        if fits(parts):
-            if not half:
-                _put_together(parts)
+        layer.regraft_lora = AddedLora([layer], half=half)
+        layer.forward = _linear_forward.__get__(layer)
+    for module in running.model.modules():
+        if running.packed and _merges(module):
+            parts = [module.query, module.key, module.value]
             module.regraft_lora = AddedLora(parts, half=half)
+            if module.regraft_lora.whole and not half:
+                _put_together(parts)
             module.forward = _attention_forward.__get__(module)
     for module in running.model.modules():
         if _ends_in_gelu(module) and "forward" not in vars(module):
@@ -58,19 +61,12 @@ def bind_added_lora(running: RunningModel, *, half: bool) -> int:
     return len(layers)
 
 
-def merged_projections(running: RunningModel) -> list[Any]:
-    """Attention modules of which the adapted queries, keys and values can be one product."""
-    return [m for m in running.model.modules() if running.packed and _merges(m)]
-
-
 def _merges(module: Any) -> bool:
-    from peft.tuners.lora import Linear
-
+    """Whether the adapted queries, keys and values of an attention module can be one product."""
     parts: list[Any] = [getattr(module, name, None) for name in ("query", "key", "value")]
-    alike = all(type(p) is Linear and p.base_layer.bias is not None for p in parts)
-    if not alike or not hasattr(module, "attention_head_size") or hasattr(module, "dense"):
+    if not hasattr(module, "attention_head_size") or hasattr(module, "dense") or not fits(parts):
         return False
-    return len({(p.r[ADAPTER], p.scaling[ADAPTER], tuple(p.base_layer.weight.shape)) for p in parts}) == 1
+    return len({part.base_layer.out_features for part in parts}) == 1 and parts[0].base_layer.bias is not None
 
 
 def _put_together(parts: Sequence[Any]) -> None:
@@ -89,7 +85,7 @@ def _ends_in_gelu(module: Any) -> bool:
 def _linear_forward(self: Any, x: Tensor, *given: Any, **named: Any) -> Tensor:
     if self.regraft_lora.takes(x) and not named:
         return added_lora(x, self.regraft_lora)
-    if self.merged and not self.disable_adapters and self.regraft_lora.half:
+    if self.merged and not self.disable_adapters and self.regraft_lora.half and self.regraft_lora.whole:
         # peft merges through .data, which no version tells: not the copy in bf16
         return torch.nn.functional.linear(x, self.base_layer.weight, self.base_layer.bias)
     return type(self).forward(self, x, *given, **named)

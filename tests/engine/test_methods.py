@@ -19,6 +19,7 @@ from regraft.engine.graph_inputs import graph_inputs
 from regraft.engine.graphs import PackedGraph
 from regraft.engine.methods.adapt import Adaptation, adapt, trained_weights
 from regraft.engine.methods.folder import load_adapter, put_adapter
+from regraft.engine.methods.quantise import is_quantised, whole_weight
 from regraft.engine.methods.speed import use_method_kernels
 from regraft.engine.methods.virtual import Prompt
 from regraft.engine.methods.walk import backbone_linears, head_modules
@@ -213,6 +214,43 @@ def test_gradients_of_lora_as_one_product_are_those_of_peft(name, lora, backbone
     for key, expected in found[0].items():
         atol = exact * max(1.0, float(expected.abs().max()))
         assert torch.allclose(found[1][key], expected, atol=atol, rtol=1e-6), key
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "ModernBert"])
+@pytest.mark.parametrize("method", ["qlora", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_lora_over_quantised_weights_is_as_near_as_over_whole_ones_and_keeps_none(name, method, precision, backbones):
+    batch, found, biggest = some_batch(6), [], []
+    for kind, fast in (("fp32", False), (precision, False), (precision, True)):
+        half = kind == "bf16"
+        sections = {"quantise": {"compute": kind}} if method == "qlora" else {}
+        _, model = adapted(backbones[name], method, **sections)
+        model.run_packed()
+        assert model.packed  # rounding by the layers themselves is no mixing of sequences
+        if not fast:
+            for layer in [m for m in model.modules() if hasattr(m, "base_layer") and is_quantised(m.base_layer)]:
+                whole = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.base_layer.bias is not None)
+                whole.weight.data, whole.bias = whole_weight(layer.base_layer), layer.base_layer.bias
+                layer.base_layer = whole.requires_grad_(False)
+        else:
+            model.use_kernels()
+            assert use_method_kernels(model, config_for(backbones[name], method, **sections), precision)
+        kept: list[int] = []
+        held = lambda t, kept=kept: kept.append(t.numel() if t.dtype.is_floating_point else 0) or t  # noqa: E731
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model(batch).float()
+            with torch.autograd.graph.saved_tensors_hooks(held, lambda t: t):
+                model(batch).float().square().sum().backward()
+        biggest.append(max(kept))
+        found.append({"logits": out} | {n: p.grad for n, p in model.model.named_parameters() if p.grad is not None})
+    exact, pefts, ours = found
+    assert exact.keys() == ours.keys() and biggest[2] <= biggest[1]
+    # of one gradient chance decides which of two roundings is nearer; the mean would show one that is wrong
+    error, allowed = (
+        sum(float((some[key] - wanted).norm() / wanted.norm()) for key, wanted in exact.items()) / len(exact)
+        for some in (ours, pefts)
+    )
+    assert error <= 1.5 * allowed + 1e-5, (error, allowed)
 
 
 @pytest.mark.parametrize("lora", [{"dora": True}, {"dropout": 0.2}, {"alpha_pattern": {".*query": 3.0}}])

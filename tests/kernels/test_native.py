@@ -184,6 +184,20 @@ def test_norm_of_bf16_and_fp32_together_is_in_fp32(halves):
         torch.testing.assert_close(mine.double(), theirs, rtol=rounding, atol=20 * 2e-6)
 
 
+@each_type
+def test_frozen_norms_hand_down_the_same_gradients(dtype):
+    x, residual = (torch.randn(301, 96).to(dtype).requires_grad_() for _ in range(2))
+    found = []
+    for frozen in (False, True):
+        weight, bias = (torch.linspace(0.5, 2.0, 96).requires_grad_(not frozen) for _ in range(2))
+        torch.manual_seed(1)
+        y = norm_native.dropout_add_layer_norm(x, residual, weight, bias, eps=1e-5, p=0.1)
+        with poisoned():
+            found.append(torch.autograd.grad(y, (x, residual), torch.ones_like(y)))
+        assert frozen or all(g is not None for g in torch.autograd.grad(y.sum(), (weight, bias), allow_unused=True))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_bf16_keeps_what_is_not_a_number_and_rounds_ties_to_even():
     # without residual's part and with a weight of 1, y is the row itself, shifted: all that is left is the way into bf16
     ties = torch.tensor([1.0 + 2**-8, 1.0 + 3 * 2**-8, -1.0 - 2**-8, 2.0**-20] * 4)

@@ -12,6 +12,7 @@ from regraft.kernels import nf4
 from regraft.kernels.choice import forced
 from regraft.kernels.nf4 import NF4Weight, dequantise, nf4_linear
 
+every_form = pytest.mark.parametrize("form", [*both_forms.mark.args[1], "auto"])  # the last one is C on a CPU
 SHAPES = [(96, 384, 64), (300, 70, 64), (1, 3, 64), (5, 33, 128)]
 
 
@@ -61,7 +62,7 @@ def theirs(parameter, dtype: torch.dtype) -> torch.Tensor:
         return bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state).to(dtype)
 
 
-@both_forms
+@every_form
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("rows, columns, blocksize", SHAPES)
 def test_every_value_is_that_of_the_definition(form, double, rows, columns, blocksize):
@@ -73,7 +74,7 @@ def test_every_value_is_that_of_the_definition(form, double, rows, columns, bloc
     assert torch.equal(rounded, found.bfloat16())
 
 
-@both_forms
+@every_form
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("rows, columns, blocksize", SHAPES)
 def test_it_is_what_bitsandbytes_makes_of_it(form, double, rows, columns, blocksize):
@@ -92,7 +93,7 @@ def test_the_code_is_that_of_bitsandbytes():
     assert torch.equal(torch.tensor(nf4.CODE), bitsandbytes.functional.get_4bit_type("nf4", device="cpu"))
 
 
-@both_forms
+@every_form
 def test_the_layer_and_its_gradient_are_those_of_the_dequantised_weight(form):
     weight = quantised(48, 96, double=True)
     x, bias = fresh(2, 5, 96).float().requires_grad_(), fresh(48).float().requires_grad_()
@@ -118,14 +119,14 @@ def test_it_does_not_keep_the_dequantised_weight_for_the_backward():
     assert max(kept) == 64 * 64 // 2
 
 
-@both_forms
+@every_form
 def test_no_rows_give_no_rows(form):
     weight = quantised(8, 16, double=False)
     with forced(form):
         assert nf4_linear(torch.zeros(0, 16, device=DEVICE), weight).shape == (0, 8)
 
 
-@both_forms
+@every_form
 def test_two_runs_give_the_same_bits(form):
     weight = quantised(33, 40, double=True)
     same_bits_twice(lambda: [dequantise(weight)], form)
