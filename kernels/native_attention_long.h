@@ -7,6 +7,7 @@
 #define KEYS 8 /* whose scores are added up at once */
 #define SOME 8 /* rows of a result that are */
 #define PARTIAL 64 /* terms whose part of a sum is added up first: rounding grows less */
+#define WORDS 16   /* the same for a score's; heads have a multiple of them */
 
 #ifdef __AVX512BF16__
 #define MAKES_PAIRS 1
@@ -62,16 +63,21 @@ INLINE void queries_of(uint32_t *to, const char *q, int64_t apart, int64_t n, in
 /* s[keys][16 * lanes]: products of keys, `apart` bytes from each other, with the queries. */
 INLINE void scores_of(float *s, const uint32_t *turned, const char *k, int64_t apart, int64_t words, const int keys, const int lanes,
                       const int half) {
-  __m512 x[KEYS][2];
-  for (int r = 0; r < keys; r++)
-    for (int l = 0; l < lanes; l++) x[r][l] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < words; c++)
-    for (int r = 0; r < keys; r++) {
-      const __m512 word = _mm512_set1_ps(*(const float *)(k + r * apart + 4 * c));
-      for (int l = 0; l < lanes; l++) x[r][l] = PLUS(x[r][l], word, _mm512_loadu_ps(turned + (c * lanes + l) * 16));
-    }
-  for (int r = 0; r < keys; r++)
-    for (int l = 0; l < lanes; l++) _mm512_storeu_ps(s + (r * lanes + l) * 16, x[r][l]);
+  for (int64_t start = 0; start < words; start += WORDS) {
+    __m512 x[KEYS][2];
+    for (int r = 0; r < keys; r++)
+      for (int l = 0; l < lanes; l++) x[r][l] = _mm512_setzero_ps();
+    for (int64_t c = start; c < start + WORDS; c++)
+      for (int r = 0; r < keys; r++) {
+        const __m512 word = _mm512_set1_ps(*(const float *)(k + r * apart + 4 * c));
+        for (int l = 0; l < lanes; l++) x[r][l] = PLUS(x[r][l], word, _mm512_loadu_ps(turned + (c * lanes + l) * 16));
+      }
+    for (int r = 0; r < keys; r++)
+      for (int l = 0; l < lanes; l++) {
+        float *to = s + (r * lanes + l) * 16;
+        _mm512_storeu_ps(to, start ? _mm512_add_ps(x[r][l], _mm512_loadu_ps(to)) : x[r][l]);
+      }
+  }
 }
 
 /* Of n keys; where KEYS do not divide them the last ones anew with some before them. */
