@@ -41,6 +41,7 @@ class HalfWeights:
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.layers = list(layers)
         self._made_from: tuple = ()
+        self.cast: frozenset[int] = frozenset()  # ids of the masters that the bf16 memory was made from
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         _alive.add(self)
@@ -57,7 +58,7 @@ class HalfWeights:
                 self._weight = _beside(self._weight, [layer.weight for layer in self.layers])
                 biases = [layer.bias for layer in self.layers if layer.bias is not None]
                 self._bias = _beside(self._bias, biases) if biases else None
-            self._made_from = made_from
+            self._made_from, self.cast = made_from, frozenset(map(id, self.masters))
         return self._weight, self._bias
 
     def _stamp(self) -> tuple:
@@ -90,6 +91,8 @@ def copies_written(weights: Iterable[Tensor]) -> Iterator[dict[int, Tensor]]:
     found: dict[int, Tensor] = {}
     mine = []
     for half in list(_alive):
+        if changed.isdisjoint(half.cast):
+            continue  # frozen ones, of which LoRA has many
         places = half.places()
         ids = {id(master) for master, _ in places}
         if changed & ids and len(ids) == len(places) and not found.keys() & ids:

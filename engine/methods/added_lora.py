@@ -95,21 +95,21 @@ class AddedLora:
         plain = not torch.is_autocast_enabled(x.device.type) and not torch.jit.is_tracing()
         return plain and x.dtype == self.weights[0].dtype
 
-    def pairs(self, step: int) -> tuple[Tensor, Tensor]:
-        """A [R, K] and s B [O, R] as they are now, R a multiple of `step`."""
-        weights, scale = self.weights, self.scale
+    def pairs(self, step: int, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """A [R, K] and s B [O, R] as they are now, R a multiple of `step`; `weights`: `self.weights`."""
+        scale = self.scale
         made_from = (step, scale, *((w.data_ptr(), w._version) for w in weights))
         if made_from != self._made_from:
             with torch.no_grad():
                 kind = HALF if self.half else weights[0].dtype
                 if (step, kind) != self._room or self._up.is_inference():
                     self._make_room(weights, step, kind)
-                torch._foreach_copy_(self._places, weights)
+                torch._foreach_copy_(self._places, list(weights))
                 self._up.mul_(scale)
             self._made_from = made_from
         return self._down, self._up
 
-    def _make_room(self, weights: list[Tensor], step: int, kind: torch.dtype) -> None:
+    def _make_room(self, weights: Sequence[Tensor], step: int, kind: torch.dtype) -> None:
         """Zeros of the size of A and B, and where in them each weight stands."""
         whole = -(-self.blocks[-1][1].stop // step) * step
         self._down = weights[0].new_zeros(whole, weights[0].shape[1], dtype=kind)
@@ -121,10 +121,10 @@ class AddedLora:
 
 class _AddedLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lora: AddedLora, gelu: bool, keep: bool, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, lora: AddedLora, gelu: bool, keep: bool, *weights: Tensor) -> Tensor:
         weight, bias = lora.base.current()
         ctx.by = faster(x, weight)
-        down, up = lora.pairs(ctx.by.step(weight))
+        down, up = lora.pairs(ctx.by.step(weight), weights)
         rows = ctx.by.as_rows(x, weight.dtype)
         ctx.at_once = ctx.by is linear_native and lora_native.runs_here(weight)
         if ctx.at_once:
