@@ -11,10 +11,8 @@
 
 #ifdef __AVX512BF16__
 #define MAKES_PAIRS 1
-#define PLUS(sum, x, y) (half ? _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(y)) : _mm512_fmadd_ps(x, y, sum))
 #else
 #define MAKES_PAIRS 0
-#define PLUS(sum, x, y) ((void)half, _mm512_fmadd_ps(x, y, sum))
 #define store_pairs(to, upper, lower) (void)0
 #endif
 
@@ -70,7 +68,7 @@ INLINE void scores_of(float *s, const uint32_t *turned, const char *k, int64_t a
     for (int64_t c = start; c < start + WORDS; c++)
       for (int r = 0; r < keys; r++) {
         const __m512 word = _mm512_set1_ps(*(const float *)(k + r * apart + 4 * c));
-        for (int l = 0; l < lanes; l++) x[r][l] = PLUS(x[r][l], word, _mm512_loadu_ps(turned + (c * lanes + l) * 16));
+        for (int l = 0; l < lanes; l++) x[r][l] = TIMES(x[r][l], word, _mm512_loadu_ps(turned + (c * lanes + l) * 16));
       }
     for (int r = 0; r < keys; r++)
       for (int l = 0; l < lanes; l++) {
@@ -102,7 +100,7 @@ INLINE void sums_of(vf x[SOME][2], const uint32_t *a, int64_t along, int64_t acr
     for (int64_t t = start; t < least(terms, start + PARTIAL); t++)
       for (int r = 0; r < SOME; r++) {
         const __m512 word = _mm512_set1_ps(*(const float *)(a + t * along + r * across));
-        for (int v = 0; v < vectors; v++) part[r][v] = PLUS(part[r][v], word, _mm512_loadu_ps(b + t * ldb + 16 * v));
+        for (int v = 0; v < vectors; v++) part[r][v] = TIMES(part[r][v], word, _mm512_loadu_ps(b + t * ldb + 16 * v));
       }
     for (int r = 0; r < SOME; r++)
       for (int v = 0; v < vectors; v++) x[r][v] += (vf)part[r][v];
@@ -143,12 +141,12 @@ INLINE vi seeing(int64_t i, int64_t j, int64_t window) {
 typedef struct {
   int64_t h, query, i, rows, key, first, n;
   uint32_t low[32], high[32]; /* of the keys of their random numbers */
-} Queries16;
+} Asking;
 
 /* Those from the i-th on. There may be no key that they see. */
-static Queries16 queries_from(const Problem *p, int64_t b, int64_t h, int64_t i) {
+static Asking queries_from(const Problem *p, int64_t b, int64_t h, int64_t i) {
   const int64_t m = p->cu_q[b + 1] - p->cu_q[b], n = p->cu_k[b + 1] - p->cu_k[b];
-  Queries16 of = {.h = h, .query = p->cu_q[b] + i, .i = i, .rows = least(32, m - i)};
+  Asking of = {.h = h, .query = p->cu_q[b] + i, .i = i, .rows = least(32, m - i)};
   int64_t to, other;
   visible(i, n, p->window, &of.first, &other);
   visible(i + of.rows - 1, n, p->window, &other, &to);
@@ -163,13 +161,13 @@ static Queries16 queries_from(const Problem *p, int64_t b, int64_t h, int64_t i)
 }
 
 /* keep / (1 - p) of 16 queries from the r-th on for the keys j and j + 1 of those they see. */
-INLINE void kept_of(const Problem *p, const Queries16 *of, int r, int64_t j, vf *upper, vf *lower) {
+INLINE void kept_of(const Problem *p, const Asking *of, int r, int64_t j, vf *upper, vf *lower) {
   const vu number = splat_u((uint32_t)((of->first + j) / 2));
   decided(hashed(number, *(const vu *)(of->low + r), *(const vu *)(of->high + r)), p->threshold, p->factor, upper, lower);
 }
 
 /* e^(scale (s - top)) of the scores s of the j-th key; 0 where it is not seen. */
-INLINE vf power_of(const Problem *p, const Queries16 *of, int r, int64_t j, vf s, vf top, const int half) {
+INLINE vf power_of(const Problem *p, const Asking *of, int r, int64_t j, vf s, vf top, const int half) {
   const vf x = half ? two_to((s - top) * splat(p->scale * 1.44269504f)) : exponential((s - top) * splat(p->scale));
   return p->window < 0 ? x : (vf)((vi)x & seeing(of->i + r, of->first + j, p->window));
 }
@@ -180,7 +178,7 @@ INLINE void one_more(float *s, int64_t n, float with, const int lanes) {
 }
 
 /* Scores -> what each value counts for its query, in bf16 of two keys in a row; 1 / the sum of all to `inverse`. */
-INLINE void powers_of(const Problem *p, const Queries16 *of, float *s, float *inverse, const int lanes, const int half) {
+INLINE void powers_of(const Problem *p, const Asking *of, float *s, float *inverse, const int lanes, const int half) {
   const int pitch = 16 * lanes;
   vf top[2], sum[2], part[2];
   one_more(s, of->n, -INFINITY, lanes);
@@ -219,7 +217,7 @@ INLINE void powers_of(const Problem *p, const Queries16 *of, float *s, float *in
   }
 }
 
-INLINE void some_answers(const Problem *p, Long w, const Queries16 *of, void *out, const int lanes, const int half) {
+INLINE void some_answers(const Problem *p, Long w, const Asking *of, void *out, const int lanes, const int half) {
   const int64_t size = half ? 2 : 4, d = p->d, words = d * size / 4, row = p->heads * d, to = of->query * row + of->h * d;
   const int64_t key = of->key * p->kv_stride + of->h * d;
   float inverse[32];
@@ -245,7 +243,7 @@ static void answers_of(const Problem *p, Long w, int64_t b, int64_t h, void *out
   if (p->half)
     paired(w.v_rows, p->d, (const uint16_t *)p->v + p->cu_k[b] * p->kv_stride + h * p->d, p->kv_stride, n, up(n, 2), p->d);
   for (int64_t i = 0; i < m; i += 32) {
-    const Queries16 of = queries_from(p, b, h, i);
+    const Asking of = queries_from(p, b, h, i);
     if (p->half && of.rows <= 16)
       some_answers(p, w, &of, out, 1, MAKES_PAIRS);
     else if (p->half)
@@ -259,7 +257,7 @@ static void answers_of(const Problem *p, Long w, int64_t b, int64_t h, void *out
 
 /* Scores and products of values with the result's gradient -> probabilities in `s`, what they count for the values in `weights`,
    their gradients in `slope` or, in bf16, in its two other forms. */
-INLINE void slopes_of(const Problem *p, Long w, const Queries16 *of, const int lanes, const int half) {
+INLINE void slopes_of(const Problem *p, Long w, const Asking *of, const int lanes, const int half) {
   const int pitch = 16 * lanes;
   float top[32], inverse[32];
   vf mean[2], part[2];
@@ -305,7 +303,7 @@ INLINE void slopes_of(const Problem *p, Long w, const Queries16 *of, const int l
 }
 
 /* `alone`: no other queries of the head add to the gradients of these keys and values. */
-INLINE void some_gradients(const Problem *p, Long w, const Queries16 *of, const void *grad, void *dq, void *dk, void *dv, int alone,
+INLINE void some_gradients(const Problem *p, Long w, const Asking *of, const void *grad, void *dq, void *dk, void *dv, int alone,
                            const int lanes, const int half) {
   const int64_t size = half ? 2 : 4, d = p->d, words = d * size / 4, row = p->heads * d, n = of->n, pitch = 16 * lanes;
   const int64_t query = of->query * p->q_stride + of->h * d, key = of->key * p->kv_stride + of->h * d, g = of->query * row + of->h * d;
@@ -357,7 +355,7 @@ static void gradients_of(const Problem *p, Long w, int64_t b, int64_t h, const v
     memset(w.dv, 0, n * d * sizeof(float));
   }
   for (int64_t i = 0; i < m; i += 32) {
-    const Queries16 of = queries_from(p, b, h, i);
+    const Asking of = queries_from(p, b, h, i);
     if (p->half && of.rows <= 16)
       some_gradients(p, w, &of, grad, dq, dk, dv, alone, 1, MAKES_PAIRS);
     else if (p->half)

@@ -3,6 +3,13 @@
 #define HAS_LONG
 #include <immintrin.h>
 
+/* sum + x y, word by word of 32 bits: one number in fp32, where `half` two in bf16. */
+#ifdef __AVX512BF16__
+#define TIMES(sum, x, y) (half ? _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(y)) : _mm512_fmadd_ps(x, y, sum))
+#else
+#define TIMES(sum, x, y) ((void)half, _mm512_fmadd_ps(x, y, sum))
+#endif
+
 /* The lines that rows, `apart` bytes from each other, are going to be written to, or read from. */
 INLINE void lines_ahead(const void *from, int64_t apart, int64_t rows, const int written) {
   for (int64_t r = 0; r < rows; r++) __builtin_prefetch((const char *)from + r * apart, written, 3);

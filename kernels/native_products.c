@@ -34,12 +34,6 @@ typedef struct {
   int64_t rows, inner, wide, thin, turned, half;
 } Product;
 
-#ifdef __AVX512BF16__
-#define TIMES(sum, x, y) (half ? _mm512_dpbf16_ps(sum, (__m512bh)(x), (__m512bh)(y)) : _mm512_fmadd_ps(x, y, sum))
-#else
-#define TIMES(sum, x, y) ((void)half, _mm512_fmadd_ps(x, y, sum))
-#endif
-
 /* sums[ROWS][PANEL] (+)= a b over `steps` words. a: ROWS rows `apart` bytes from each other, a step on after `along` bytes;
    b: PANEL words a step, of which the first 16 * `vectors` count. */
 INLINE void block(float *sums, const char *a, int64_t apart, int64_t along, const char *b, int64_t steps, int add, const int vectors,
