@@ -58,15 +58,21 @@ def runs_here(tensors: Iterable[Tensor]) -> bool:
     return plain and not torch.compiler.is_compiling() and native.available()
 
 
-def square_sum(tensors: Sequence[Tensor]) -> float:
-    """Sum of the squares of all numbers: in fp32 over chunks of them, in fp64 over those."""
+def square_sum(tensors: Sequence[Tensor], others: Sequence[Sequence[Tensor]] = ()) -> float:
+    """Sum of the squares of all numbers: in fp32 over chunks of them, in fp64 over those. `others`: as many tensors again, or
+    several times as many, that are added to them first, in place."""
     chunks = sum(-(-x.numel() // CHUNK) for x in tensors)
     sums = torch.zeros(max(1, chunks), dtype=torch.float64)
-    places = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
     sizes = (ctypes.c_int64 * len(tensors))(*(x.numel() for x in tensors))
     threads = min(torch.get_num_threads(), max(1, chunks))  # none is woken up for a head of a few hundred numbers
-    native.call("regraft_square_sum", places, sizes, len(tensors), at(sums), threads)
+    beside = [x for row in zip(*others, strict=True) for x in row]
+    arrays = _places(tensors), _places(beside), len(others), sizes, len(tensors)
+    native.call("regraft_square_sum", *arrays, at(sums), threads)
     return float(sums[0])
+
+
+def _places(tensors: Sequence[Tensor]) -> ctypes.Array:
+    return (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
 
 
 def adamw(updates: Sequence[Update], grad_scale: float = 1.0, halves: Sequence[Tensor | None] = ()) -> None:

@@ -26,6 +26,7 @@ class RowGradient:
         self.padding_idx = padding_idx
         self.buffer = torch.zeros_like(weight)
         self._read: list[Tensor] = []
+        self._whole = False
 
     def add(self, ids: Tensor, grad: Tensor) -> None:
         """Add the gradient of the rows `ids` [T], grad [T, H]."""
@@ -37,16 +38,30 @@ class RowGradient:
 
     def rows(self) -> Tensor:
         """The gradient's rows that may differ from zero, [n, H]."""
-        return self.buffer.index_select(0, self._touched())
+        return self.own()[1]
+
+    def own(self) -> tuple[Tensor, Tensor]:
+        """Which rows may differ from zero, [n] int64, and those, [n, H]."""
+        touched = self._touched()
+        return touched, self.buffer.index_select(0, touched)
+
+    def written(self) -> None:
+        """Any row of the gradient may differ from zero: something else has written it."""
+        self._whole = True
 
     def clear(self) -> None:
         """Zero the gradient; costs the rows that were read."""
-        if self._read:
+        if self._whole:
+            self.buffer.zero_()
+        elif self._read:
             self.buffer.index_fill_(0, self._touched(), 0.0)
         self._read.clear()
+        self._whole = False
         self.weight.grad = None
 
     def _touched(self) -> Tensor:
+        if self._whole:
+            return torch.arange(len(self.buffer), device=self.buffer.device)
         return torch.unique(torch.cat(self._read)).long() if self._read else torch.empty(0, dtype=torch.int64)
 
 

@@ -96,21 +96,31 @@ void regraft_adamw(const Weight *weights, int64_t count, float scale, int thread
   }
 }
 
-static double square_of_chunk(const float *x, int64_t count) {
+/* Of `count` numbers from x[at] on, after those of the `n` others at the same place have been added. */
+static double square_of_chunk(float *x, const float *const *others, int64_t n, int64_t at, int64_t count) {
   vf sums[SIDES] = {{0}};
-  int64_t j = 0;
-  for (; j + SIDES * WIDE <= count; j += SIDES * WIDE)
+  int64_t j = at;
+  const int64_t last = at + count;
+  for (; j + SIDES * WIDE <= last; j += SIDES * WIDE)
     for (int side = 0; side < SIDES; side++) {
-      const vf some = load(x, j + side * WIDE, 0);
+      const int64_t i = j + side * WIDE;
+      vf some = load(x, i, 0);
+      for (int64_t k = 0; k < n; k++) some += load(others[k], i, 0);
+      if (n) store(x, i, some, 0);
       sums[side] += some * some;
     }
   float rest = 0.0f;
-  for (; j < count; j++) rest += x[j] * x[j];
+  for (; j < last; j++) {
+    for (int64_t k = 0; k < n; k++) x[j] += others[k][j];
+    rest += x[j] * x[j];
+  }
   return (double)total((sums[0] + sums[1]) + (sums[2] + sums[3])) + (double)rest;
 }
 
-/* The sum of squares of `count` tensors of sizes[i] numbers into sums[0]; `sums`: a number for each chunk. */
-void regraft_square_sum(const float *const *tensors, const int64_t *sizes, int64_t count, double *sums, int threads) {
+/* The sum of squares of `count` tensors of sizes[i] numbers into sums[0]; `sums`: a number for each chunk. To each tensor those
+   beside it are added first: others[i * n] to others[i * n + n - 1]. */
+void regraft_square_sum(float *const *tensors, const float *const *others, int64_t n, const int64_t *sizes, int64_t count,
+                        double *sums, int threads) {
   int64_t chunks = 0;
   for (int64_t i = 0; i < count; i++) chunks += chunks_of(sizes[i]);
   const int64_t share = (chunks + threads - 1) / threads;
@@ -122,7 +132,7 @@ void regraft_square_sum(const float *const *tensors, const int64_t *sizes, int64
       const int64_t end = least(chunks_of(sizes[i]), last - before);
       for (int64_t chunk = most(0, first - before); chunk < end; chunk++)
         sums[before + chunk] =
-            square_of_chunk(tensors[i] + chunk * CHUNK, least(CHUNK, sizes[i] - chunk * CHUNK));
+            square_of_chunk(tensors[i], others + i * n, n, chunk * CHUNK, least(CHUNK, sizes[i] - chunk * CHUNK));
     }
   }
   for (int64_t chunk = 1; chunk < chunks; chunk++) sums[0] += sums[chunk];

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import platform
-import secrets
 from collections.abc import Iterator, Sequence
-from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from regraft.engine.training.together import agreed, wait_until
+from regraft.engine.training.common_memory import CommonMemory
 
 MESSAGE_BYTES = 32 << 20  # enough that a network's latency does not show, and little beside the gradients
-Address = tuple[str, int, str, bytes]  # of memory: where the rest holds, whose it is, its path, and its last bytes
 SHARED_BYTES = 8 << 20  # of a message in shared memory: it stays in the processor's caches
-COUNT_BYTES = 64  # a cache line
-# Here what a process writes is seen by others in the order in which it was written.
-IN_ORDER = platform.machine() in ("x86_64", "AMD64")
+LINE = 64  # bytes of a cache's line
+
+
+class Piece(NamedTuple):
+    """Numbers `start` to `end` of tensor `number`."""
+
+    number: int
+    start: int
+    end: int
+
+
+Message = list[list[Piece]]  # by process: what it sums up
 
 
 class Average:
@@ -34,16 +37,16 @@ class Average:
     def __init__(self, processes: int, device: torch.device) -> None:
         """Every process has to call this too. `device`: of the gradients."""
         self.processes = processes
-        self._shared = _Shared.of_all(processes) if processes > 1 and device.type == "cpu" else None
+        self.shared = Exchange.of_all(processes) if processes > 1 and device.type == "cpu" else None
 
     @torch.no_grad()
     def __call__(self, gradients: Sequence[Tensor]) -> None:
-        if self._shared is None:
+        if self.shared is None:
             average_over_processes(gradients, self.processes)
             return
         dense = [g.contiguous() for g in gradients]
-        for message in _shares(dense, self.processes):
-            self._shared.average(message)
+        for message in cut(dense, self.processes):
+            self.shared.average(pieces(dense, message))
         for gradient, averaged in zip(gradients, dense, strict=True):
             if averaged is not gradient:
                 gradient.copy_(averaged)
@@ -63,121 +66,84 @@ def average_over_processes(gradients: Sequence[Tensor], processes: int) -> None:
         torch._foreach_copy_(mine, list(torch._utils._unflatten_dense_tensors(flat, mine)))
 
 
-class _Shared:
-    """Memory of all processes of one machine: each has a part that it writes and all read.
+class Exchange:
+    """Messages of numbers between processes of one machine, each through a part of memory that it writes and all read.
 
-    A message has a share for each process. Each writes those of the others to its part, averages its own over what they
-    wrote, writes that too, and reads the others'. Messages use two places in turn, so that one who is a message ahead
-    overwrites nothing that another still reads. How often it has met the others each counts behind its part: a barrier
-    through sockets takes up to a millisecond where all processors are at work, and there are two for a message.
+    A message has a share for each process. Messages use two places in turn, so that one who is a message ahead overwrites
+    nothing that another still reads.
     """
 
-    def __init__(self, parts: list[mmap.mmap], owners: list[int], rank: int) -> None:
-        """`owners`: process ids, by rank."""
-        self._parts = [torch.frombuffer(part, dtype=torch.uint8, count=2 * SHARED_BYTES) for part in parts]
-        self._counts = [memoryview(part)[2 * SHARED_BYTES :][:8].cast("Q") for part in parts]
-        self._owners, self._rank, self._place = owners, rank, 0
+    def __init__(self, memory: CommonMemory) -> None:
+        self._memory, self.rank, self.count = memory, memory.rank, len(memory.parts)
+        self._parts = [torch.frombuffer(part, dtype=torch.uint8) for part in memory.parts]
+        self._place = 0
 
     @classmethod
-    def of_all(cls, processes: int) -> _Shared | None:
-        """Every process has to call. None, in all of them, where one of them cannot see the memory of all others."""
-        import torch.distributed as dist
+    def of_all(cls, processes: int) -> Exchange | None:
+        """Every process has to call. None, in all of them, where they share no memory."""
+        memory = CommonMemory.of_all(processes, 2 * SHARED_BYTES)
+        return None if memory is None else cls(memory)
 
-        mark = secrets.token_bytes(16)
-        own: tuple[int, mmap.mmap] | None = None
-        try:
-            own = _made(2 * SHARED_BYTES + COUNT_BYTES + len(mark))
-            own[1][-len(mark) :] = mark
-            address: Address | None = (_where(), os.getpid(), f"/proc/{os.getpid()}/fd/{own[0]}", mark)
-        except (OSError, AttributeError):  # no such memory, or not on this system
-            address = None
-        addresses: list[Address | None] = [None] * processes
-        dist.all_gather_object(addresses, address)
-        seen = [_seen(some) for some in addresses]
-        everywhere = agreed(float(all(part is not None for part in seen)), "smallest") == 1.0
-        if own is not None:
-            os.close(own[0])  # all that could open it have done so
-        if not everywhere:
-            return None
-        owners = [some[1] for some in addresses if some is not None]
-        return cls([part for part in seen if part is not None], owners, dist.get_rank())
-
-    def meet(self) -> None:
-        """Wait until all processes have come here as often as this one."""
-        if not IN_ORDER:
-            torch.distributed.barrier()
-            return
-        count = self._counts[self._rank][0] = self._counts[self._rank][0] + 1
-
-        def is_here(rank: int) -> bool:
-            return self._counts[rank][0] >= count
-
-        for rank, owner in enumerate(self._owners):
-            if not is_here(rank):
-                wait_until(partial(is_here, rank), owner)
+    def swap(self, message: Sequence[list[Tensor]]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """This process's share of the message, and what each of the others has there; this stays until the next message."""
+        self._place = 1 - self._place
+        for n in range(self.count):
+            if n != self.rank and n < len(message):
+                torch._foreach_copy_(self._views(self.rank, n, message), message[n])
+        self._memory.meet()
+        if self.rank >= len(message):
+            return [], []
+        return message[self.rank], [self._views(n, self.rank, message) for n in range(self.count) if n != self.rank]
 
     def average(self, message: Sequence[list[Tensor]]) -> None:
-        count, dtype = len(self._parts), message[0][0].dtype
-        place, room = self._place * SHARED_BYTES, SHARED_BYTES // count // dtype.itemsize * dtype.itemsize
-        self._place = 1 - self._place
+        """The mean of all processes' numbers, everywhere: each makes that of its share, and reads the others'."""
+        own, others = self.swap(message)
+        if own:
+            for theirs in others:
+                torch._foreach_add_(own, theirs)
+            torch._foreach_div_(own, self.count)
+            torch._foreach_copy_(self._views(self.rank, self.rank, message), own)
+        self._memory.meet()
+        for n in range(self.count):
+            if n != self.rank and n < len(message):
+                torch._foreach_copy_(message[n], self._views(n, n, message))
 
-        def views(process: int, number: int) -> list[Tensor]:
-            """Where a process writes a share of the message."""
-            start, share = place + number * room, message[number]
-            bytes_ = self._parts[process][start : start + sum(g.nbytes for g in share)]
-            return list(bytes_.view(dtype).split([len(g) for g in share]))
+    def rows_of_others(self, ids: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every other process's rows, of which each may have another number: ids [n] int64 and rows [n, H]. What is given
+        stays until the next is taken; all of it has to be."""
+        width = rows.shape[1] * rows.itemsize
+        most = (SHARED_BYTES - LINE) // (ids.itemsize + width)
+        start, longest = 0, len(ids)
+        while start == 0 or start < longest:
+            self._place = 1 - self._place
+            count, *own = self._row_views(self.rank, most, rows)
+            count[0] = len(ids)
+            some = slice(start, min(start + most, len(ids)))
+            for place, values in zip(own, (ids, rows), strict=True):
+                place[: len(values[some])].copy_(values[some])
+            self._memory.meet()
+            for n in range(self.count):
+                if n != self.rank:
+                    count, *theirs = self._row_views(n, most, rows)
+                    longest = max(longest, int(count[0]))
+                    here = max(0, min(most, int(count[0]) - start))
+                    yield theirs[0][:here], theirs[1][:here]
+            start += most
 
-        others = [n for n in range(count) if n != self._rank]
-        for n in others:
-            if n < len(message):
-                torch._foreach_copy_(views(self._rank, n), message[n])
-        self.meet()
-        if self._rank < len(message):
-            own = message[self._rank]
-            for n in others:
-                torch._foreach_add_(own, views(n, self._rank))
-            torch._foreach_div_(own, count)
-            torch._foreach_copy_(views(self._rank, self._rank), own)
-        self.meet()
-        for n in others:
-            if n < len(message):
-                torch._foreach_copy_(message[n], views(n, n))
+    def _row_views(self, process: int, most: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where a process writes how many rows it has in all, and up to `most` ids and rows of them."""
+        whole = self._parts[process][self._place * SHARED_BYTES :][:SHARED_BYTES]
+        count, ids, rows = whole.split([LINE, most * 8, SHARED_BYTES - LINE - most * 8])
+        rows = rows[: most * like.shape[1] * like.itemsize].view(like.dtype).view(most, like.shape[1])
+        return count.view(torch.int64), ids.view(torch.int64), rows
 
-
-def _made(size: int) -> tuple[int, mmap.mmap]:
-    """Memory that other processes can open by this file descriptor. OSError where there is not enough."""
-    file = os.memfd_create("regraft gradients")
-    try:
-        os.posix_fallocate(file, 0, size)
-        return file, mmap.mmap(file, size)
-    except OSError:
-        os.close(file)
-        raise
-
-
-def _where() -> str:
-    """Where numbers of processes mean the same: this start of this machine, and this container."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii") + str(
-        Path("/proc/self/ns/pid").readlink()
-    )
-
-
-def _seen(address: Address | None) -> mmap.mmap | None:
-    """The memory at an address; None where this process cannot see it, on another machine or in another container."""
-    if address is None:
-        return None
-    where, _, path, mark = address
-    try:
-        if where != _where():
-            return None
-        file = os.open(path, os.O_RDWR)
-        try:
-            found = mmap.mmap(file, 2 * SHARED_BYTES + COUNT_BYTES + len(mark))
-        finally:
-            os.close(file)
-    except (OSError, ValueError):
-        return None
-    return found if found[-len(mark) :] == mark else None
+    def _views(self, process: int, number: int, message: Sequence[list[Tensor]]) -> list[Tensor]:
+        """Where a process writes a share of the message."""
+        dtype = message[0][0].dtype
+        room = SHARED_BYTES // self.count // dtype.itemsize * dtype.itemsize
+        start, share = self._place * SHARED_BYTES + number * room, message[number]
+        bytes_ = self._parts[process][start : start + sum(g.nbytes for g in share)]
+        return list(bytes_.view(dtype).split([len(g) for g in share]))
 
 
 def _messages(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -195,23 +161,36 @@ def _messages(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield message
 
 
-def _shares(gradients: Sequence[Tensor], count: int) -> Iterator[list[list[Tensor]]]:
-    """The numbers of all gradients of one dtype in messages of SHARED_BYTES, each cut into `count` shares; the last may
-    have fewer."""
-    for dtype in dict.fromkeys(g.dtype for g in gradients):
-        message: list[list[Tensor]] = [[]]
-        room = most = SHARED_BYTES // count // dtype.itemsize
-        for gradient in (g.view(-1) for g in gradients if g.dtype == dtype):
+def pieces(tensors: Sequence[Tensor], message: Message) -> list[list[Tensor]]:
+    """A message's shares of tensors that are in one piece each, flat."""
+    return [[tensors[p.number].view(-1)[p.start : p.end] for p in share] for share in message]
+
+
+def cut(tensors: Sequence[Tensor], count: int) -> list[Message]:
+    """The numbers of all tensors in messages of SHARED_BYTES at most, each cut into `count` shares: as many messages as are
+    needed for a dtype, and shares as even as whole lines of a cache are."""
+    found: list[Message] = []
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        sizes = [(n, t.numel()) for n, t in enumerate(tensors) if t.dtype == dtype]
+        line = LINE // dtype.itemsize
+        most = max(1, SHARED_BYTES // count // LINE) * line
+        shares = max(1, -(-sum(size for _, size in sizes) // (most * count))) * count
+        even = -(-sum(size for _, size in sizes) // (shares * line)) * line
+        message: Message = [[]]
+        room = even
+        for number, size in sizes:
             at = 0
-            while at < len(gradient):
+            while at < size:
                 if not room:
                     if len(message) == count:
-                        yield message
+                        found.append(message)
                         message = []
                     message.append([])
-                    room = most
-                message[-1].append(gradient[at : at + room])
-                at += len(message[-1][-1])
-                room -= len(message[-1][-1])
+                    room = even
+                end = min(size, at + room)
+                message[-1].append(Piece(number, at, end))
+                room -= end - at
+                at = end
         if message[-1]:
-            yield message
+            found.append(message)
+    return found

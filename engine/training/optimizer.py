@@ -107,13 +107,13 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
             gradients = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, 1.0 / over)
         optimizer.step()
-        _say_changed(optimizer)
+        say_changed(optimizer)
         return
     updates = _native_updates(optimizer)
     if updates:
         with copies_written([u.weight for u in updates]) as copies:
             adamw_native.adamw(updates, max(over, 1.0), [copies.get(id(u.weight)) for u in updates])
-            _say_changed(optimizer)
+            say_changed(optimizer)
         return
     if over > 1.0:
         optimizer.grad_scale = torch.tensor(over, dtype=torch.float32, device=norm.device)  # type: ignore[union-attr]
@@ -121,20 +121,15 @@ def clipped_step(optimizer: Any, norm: Tensor, max_norm: float | None) -> None:
         optimizer.step()
     finally:
         optimizer.grad_scale = None  # type: ignore[union-attr]
-    _say_changed(optimizer)
+    say_changed(optimizer)
 
 
 def _native_updates(optimizer: Any) -> list[Update]:
     """A plain fused AdamW's next step over its own state; empty where torch is to take it."""
-    if type(optimizer) is not torch.optim.AdamW or getattr(optimizer, "found_inf", None) is not None:
-        return []
-    # hooks, and a `step` that something has put in the place of torch's, are for torch to run
-    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-    everyones = every_optimizer._global_optimizer_pre_hooks, every_optimizer._global_optimizer_post_hooks
-    if "step" in vars(optimizer) or any(own) or any(everyones):
+    if not is_plain_adamw(optimizer):
         return []
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not all(map(_is_plain, optimizer.param_groups)) or not adamw_native.runs_here(gradients):
+    if not adamw_native.runs_here(gradients):
         return []
     updates = []
     for group in optimizer.param_groups:
@@ -147,6 +142,18 @@ def _native_updates(optimizer: Any) -> list[Update]:
     return updates if adamw_native.runs_here(tensors) else []
 
 
+def is_plain_adamw(optimizer: Any) -> bool:
+    """Whether this is torch's fused AdamW, without what only torch's own step would do."""
+    if type(optimizer) is not torch.optim.AdamW or getattr(optimizer, "found_inf", None) is not None:
+        return False
+    # hooks, and a `step` that something has put in the place of torch's, are for torch to run
+    own = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    everyones = every_optimizer._global_optimizer_pre_hooks, every_optimizer._global_optimizer_post_hooks
+    if "step" in vars(optimizer) or any(own) or any(everyones):
+        return False
+    return all(map(_is_plain, optimizer.param_groups))
+
+
 def _is_plain(group: dict[str, Any]) -> bool:
     others = ("amsgrad", "maximize", "foreach", "capturable", "differentiable")
     numbers = (group["lr"], group["weight_decay"], group["eps"], *group["betas"])
@@ -155,7 +162,8 @@ def _is_plain(group: dict[str, Any]) -> bool:
     )
 
 
-def _say_changed(optimizer: Any) -> None:
+def say_changed(optimizer: Any) -> None:
+    """Raise the version of every weight."""
     # Fused kernels on a CPU write weights without raising their version, by which a copy of one knows that it is old.
     torch.autograd.graph.increment_version(p for group in optimizer.param_groups for p in group["params"])
 

@@ -118,6 +118,8 @@ class _Run:
 
     def forget_moments(self) -> None:
         """Make room on a CPU for the best weights, which are read beside the last ones: no step follows."""
+        if self.stepper is not None:
+            self.stepper.leave()
         if self.accelerator.device.type == "cpu" and self.shards is None:
             getattr(self.optimizer, "state", {}).clear()  # a small head's own optimizer has none
             self.freed.give_back()
@@ -242,6 +244,7 @@ class _Run:
             max_grad_norm=training.max_grad_norm,
             rows=self.bind_row_gradient(model),
             shards=self.shards,
+            share_update=self.accelerator.num_processes > 1 and self.averaged is None,
         )
         set_way(self)
         how = "packed" if self.running.packed else "padded"
@@ -303,10 +306,8 @@ class _Run:
     def bind_row_gradient(self, model: Any) -> Any:
         from regraft.engine.fast import bind_embedding
 
-        alone_on_cpu = (
-            self.accelerator.num_processes == 1 and self.shards is None and self.accelerator.device.type == "cpu"
-        )
-        usable = alone_on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
+        on_cpu = self.shards is None and self.accelerator.device.type == "cpu"
+        usable = on_cpu and self.config.model.kernels == "auto" and not self.config.unfreeze.gradual
         return bind_embedding(model) if usable else None
 
     def set_training_mode(self) -> None:

@@ -20,6 +20,7 @@ from regraft.engine.tasks import Task
 from regraft.engine.training.average import Average
 from regraft.engine.training.optimizer import clipped_step, gradient_norm, room_for_moments
 from regraft.engine.training.order import share_by_tokens
+from regraft.engine.training.shared_update import SharedUpdate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,12 +79,16 @@ class Stepper:
     graphed: GraphedGradients | None = None
     update: CapturedOptimizer | None = None
     shards: Any = None
+    share_update: bool = False
     _ahead: tuple[tuple[int, int], list[MicroBatch], float] | None = None
     _average: Average | None = None
+    _shared: SharedUpdate | None = None
 
     def __call__(self, step: int, rows: np.ndarray, following: np.ndarray | None = None) -> StepResult:
         """Take step number `step` over the units `rows`. `following`: those of the next step, where they are known."""
         tokens = int(self.examples.lengths[rows].sum())
+        if self._shared is not None:
+            return self._apply_shared(self._shared, self._with_retries(step, rows), tokens)
         lost = self.gradients(step, rows)
         if self.update is not None and self.graphed is not None:
             self.update(lost)
@@ -92,7 +97,25 @@ class Stepper:
                 self._ahead = ((step + 1, self.token_budget), list(parts), factor)
             loss, norm = self.update.report()
             return StepResult(loss, norm, tokens, bool(np.isfinite(norm)) and bool(np.isfinite(loss)))
-        return self._apply(float(lost), tokens)
+        result = self._apply(float(lost), tokens)
+        if self.share_update and self._average is not None and result.applied:
+            self.share_update = False  # asked once: it has moments now, and could be shared out or cannot
+            self._shared = SharedUpdate.of_all(self.optimizer, self._average.shared)
+        return result
+
+    def _apply_shared(self, shared: SharedUpdate, lost: torch.Tensor, tokens: int) -> StepResult:
+        loss, norm = shared.sum(lost, self.rows)
+        applied = bool(np.isfinite(norm)) and bool(np.isfinite(loss))
+        if applied:
+            shared.step(norm, self.max_grad_norm)
+        self.clear()
+        return StepResult(loss, norm, tokens, applied)
+
+    def leave(self) -> None:
+        """No step follows: every process has weights of its own again."""
+        if self._shared is not None:
+            self._shared.leave()
+            self._shared = None
 
     def _apply(self, loss: float, tokens: int) -> StepResult:
         scaler = self.accelerator.scaler
@@ -114,10 +137,21 @@ class Stepper:
 
     def gradients(self, step: int, rows: np.ndarray) -> torch.Tensor:
         """The step's gradients, with a smaller token budget from the time on when memory ran out; its loss []."""
+        lost = self._with_retries(step, rows)
+        if self.shards is not None:
+            return self.accelerator.reduce(lost, reduction="mean")
+        if self._average is None:
+            self._average = Average(self.accelerator.num_processes, self.accelerator.device)
+        self._average([*(p.grad for p in self.parameters if p.grad is not None), lost])
+        if self.rows is not None and self._average.processes > 1:
+            self.rows.written()
+        return lost
+
+    def _with_retries(self, step: int, rows: np.ndarray) -> torch.Tensor:
+        """This process's own gradients, and its part of the step's loss []."""
         while True:
             try:
-                lost = self._gradients(step, rows)
-                break
+                return self._gradients(step, rows)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -127,12 +161,6 @@ class Stepper:
             if self.graphed is not None:
                 self.graphed.forget()
             torch.cuda.empty_cache()
-        if self.shards is not None:
-            return self.accelerator.reduce(lost, reduction="mean")
-        if self._average is None:
-            self._average = Average(self.accelerator.num_processes, self.accelerator.device)
-        self._average([*(p.grad for p in self.parameters if p.grad is not None), lost])
-        return lost
 
     def _take_less(self, step: int, rows: np.ndarray, error: Exception) -> None:
         """Halve the token budget. Raises MemoryShortError where that is of no use."""

@@ -13,20 +13,20 @@ from regraft.engine.training import together
 
 AVERAGE = """
 import sys, torch
-from regraft.engine.training import average as module
+from regraft.engine.training import average as module, common_memory
 from regraft.engine.training.together import meet, processes, rank
 
 how, rank, count = sys.argv[1], rank(), processes()
 meet(60)
 module.SHARED_BYTES = 4096
 if how == "sockets":
-    module.IN_ORDER = False
+    common_memory.IN_ORDER = False
 if how == "blind" and rank == 1:
-    module._seen = lambda address: None
+    common_memory._seen = lambda address: None
 if how == "no memory" and rank == 0:
     def none(size):
         raise OSError("no memory")
-    module._made = none
+    common_memory._made = none
 draw = torch.Generator().manual_seed(rank)
 average, found = module.Average(count, torch.device("cpu")), []
 for step in range(5):
@@ -36,7 +36,7 @@ for step in range(5):
     before = [g.clone() for g in gradients]
     average(gradients)
     found.append((before, gradients))
-torch.save((found, average._shared is not None), "found.pt")
+torch.save((found, average.shared is not None), "found.pt")
 """
 
 

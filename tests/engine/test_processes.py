@@ -46,6 +46,37 @@ def test_two_processes_take_the_steps_of_one(method, make_config, tmp_path):
     assert ends[0] == pytest.approx(ends[1], abs=1e-6)
 
 
+HELD = """
+import re, sys
+from regraft.engine.config import load_config
+from regraft.engine.training.run import train
+
+def held(info):
+    maps = re.findall(r"(?m)^(\\w+)-(\\w+) .*memfd:regraft", open("/proc/self/maps").read())
+    print(sum(int(end, 16) - int(start, 16) for start, end in maps), file=open("held.txt", "a"))
+
+train(load_config(sys.argv[1], sys.argv[2:]), quiet=True, on_step=held)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+def test_processes_hold_weights_and_moments_once(make_config, tmp_path):
+    path = make_config(**WHOLE, method="full")
+    most = []
+    for name, setting in (("shared", "training.ema=null"), ("apart", "training.ema=0.9")):
+        folders = [tmp_path / name / str(rank) for rank in range(2)]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        ranks = start_ranks([path, f"run={tmp_path / name / 'run'}", setting], folders, program=("-c", HELD))
+        for code, errors in ended(ranks):
+            assert code == 0, errors
+        held = [(folder / "held.txt").read_text().split() for folder in folders]
+        assert held[0] == held[1]
+        most.append(max(map(int, held[0])))
+    trained = sum(t.numel() for t in saved(tmp_path / "apart" / "run").values())
+    assert most[0] - most[1] > 0.5 * 3 * 4 * trained  # without the words that no text names
+
+
 def test_a_killed_rank_ends_the_run_by_name_and_one_process_goes_on(make_config, tmp_path):
     path = make_config(**WHOLE, method="lora")
     train(load_config(path, [f"run={tmp_path / 'one'}", "training.epochs=12"]), quiet=True)
