@@ -166,11 +166,12 @@ LEARNINGS: dict[str, Learning | Example] = {
         rows,
         {"learning_rate": 3e-4, "batch_size": 32, "epochs": epochs},
         {"max_length": 128} | ({} if how else {"config": TINY}),
+        columns,
         encoder="zh-pretrained" if how else CHINESE,
     )
-    for name, task, rows, epochs in (
-        ("entities", {"type": "tagging"}, task_rows.chinese_entities, 8),
-        ("reviews", {"type": "classification"}, task_rows.chinese_reviews, 4),
+    for name, task, rows, columns, epochs in (
+        ("entities", {"type": "tagging"}, task_rows.chinese_entities, {"overlap": "longest"}, 8),
+        ("reviews", {"type": "classification"}, task_rows.chinese_reviews, {}, 4),
     )
     for how in ("", "-pretrained")
 }
