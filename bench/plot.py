@@ -129,13 +129,18 @@ def one_axis(result: dict[str, Any], plt: Any) -> Figure:
             values = turns(case, who)
             bar(axis, place, 0.8, median, values, shades[who])
             label = f"{median:.1f}" + (f"  {who}" if several and len(case["medians"]) > 1 else "")
-            axis.text(max([median, *values]) + 1.2, place, label, va="center", fontsize=9.5)
+            end = max([median, *values])
+            if end > 100:  # a perplexity that runs off the axis
+                axis.text(99, place, f"{label}  →", va="center", ha="right", fontsize=9.5)
+            else:
+                axis.text(end + 1.2, place, label, va="center", fontsize=9.5)
             place += 0.9
         measure = case["settings"].get("metric", "").replace("_", " ")
+        measure = "(less is better)" if measure == "perplexity" else measure
         ticks.append(((first + place - 0.9) / 2, f"{name}  {measure}"))
         place += 0.55
     axis.set_yticks([at for at, _ in ticks], [label for _, label in ticks])
-    axis.set_xlim(0, 118)
+    axis.set_xlim(0, 122)
     axis.set_xticks(range(0, 101, 20))
     axis.invert_yaxis()
     tidy(axis)
