@@ -431,7 +431,9 @@ def test_figures_stand_until_as_many_are_measured_in_another_precision(in_bf16, 
     assert harness.in_one_precision(known, options_of(precision="bf16", restart=True)) == every[counted]
 
 
-def test_a_figure_of_another_precision_says_which(tmp_path: Path) -> None:
+def test_a_figure_of_another_precision_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (quality, multi):
+        monkeypatch.setattr(module, "WORK", tmp_path)  # not what this checkout has measured
     options = options_of(quick=False, restart=False, out=tmp_path / "published.json", precision="bf16")
     fp32 = argparse.Namespace(**vars(options) | {"precision": "fp32"})
     run = harness.Run("rte", "regraft", 0, 61.5, {"settings": quality.work_folder("rte", "regraft", 0, fp32).name})
