@@ -96,7 +96,7 @@ class Stepper:
                 parts, factor = self.micro_batches(step + 1, following)
                 self._ahead = ((step + 1, self.token_budget), list(parts), factor)
             loss, norm = self.update.report()
-            return StepResult(loss, norm, tokens, bool(np.isfinite(norm)) and bool(np.isfinite(loss)))
+            return StepResult(loss, norm, tokens, _is_finite(loss, norm))
         result = self._apply(float(lost), tokens)
         if self.share_update and self._average is not None and result.applied:
             self.share_update = False  # asked once: it has moments now, and could be shared out or cannot
@@ -105,7 +105,7 @@ class Stepper:
 
     def _apply_shared(self, shared: SharedUpdate, lost: torch.Tensor, tokens: int) -> StepResult:
         loss, norm = shared.sum(lost, self.rows)
-        applied = bool(np.isfinite(norm)) and bool(np.isfinite(loss))
+        applied = _is_finite(loss, norm)
         if applied:
             shared.step(norm, self.max_grad_norm)
         self.clear()
@@ -127,7 +127,7 @@ class Stepper:
         if self.shards is not None:
             norm = self.shards.whole_norm(norm)
         value = float(norm)
-        applied = bool(np.isfinite(value)) and bool(np.isfinite(loss))
+        applied = _is_finite(loss, value)
         if applied:
             clipped_step(self.optimizer, norm, self.max_grad_norm)
         if scaler is not None:
@@ -267,6 +267,11 @@ class Stepper:
         if len(mine) and lengths.sum() <= self.token_budget:
             return [mine]
         return [mine[p] for p in split_by_tokens(lengths.tolist(), self.token_budget)]
+
+
+def _is_finite(loss: float, norm: float) -> bool:
+    """Whether a step may be applied."""
+    return bool(np.isfinite(norm)) and bool(np.isfinite(loss))
 
 
 def without_ddp(model: Any) -> Any:

@@ -50,6 +50,18 @@ def ended(ranks: Sequence[Forked | subprocess.Popen[str]], seconds: float = 120)
             rank.wait()
 
 
+def ran_to_the_end(
+    arguments: Sequence[object], folder: Path, count: int, *, program: Sequence[str] = ("-m", "regraft.engine")
+) -> list[Path]:
+    """`count` ranks that ended well, each in a new folder of its own below `folder`; those, by rank."""
+    folders = [folder / str(rank) for rank in range(count)]
+    for own in folders:
+        own.mkdir(parents=True)
+    for code, errors in ended(start_ranks(arguments, folders, program=program)):
+        assert code == 0, errors
+    return folders
+
+
 def rank_one(parent: Forked | subprocess.Popen[str]) -> psutil.Process:
     """The second rank that `--processes` started."""
     return max(psutil.Process(parent.pid).children(), key=lambda p: p.pid)

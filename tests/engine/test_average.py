@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ranks import ended, start_ranks
+from ranks import ran_to_the_end
 from regraft.engine.training import together
 
 AVERAGE = """
@@ -44,11 +44,7 @@ torch.save((found, average.shared is not None), "found.pt")
     ("how", "count"), [("shared", 2), ("shared", 3), ("sockets", 3), ("blind", 3), ("no memory", 2)]
 )
 def test_every_process_ends_with_the_mean_of_all(tmp_path, count, how):
-    folders = [tmp_path / str(rank) for rank in range(count)]
-    for folder in folders:
-        folder.mkdir()
-    for code, errors in ended(start_ranks([how], folders, program=("-c", AVERAGE))):
-        assert code == 0, errors
+    folders = ran_to_the_end([how], tmp_path, count, program=("-c", AVERAGE))
     each, shared = zip(*(torch.load(folder / "found.pt") for folder in folders), strict=True)
     assert shared == ((how in ("shared", "sockets")),) * count  # all of them, or none
     for of_step in zip(*each, strict=True):

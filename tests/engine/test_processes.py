@@ -17,7 +17,7 @@ from forks import Forked
 from safetensors.torch import load_file
 
 from conftest import FORKS, regraft
-from ranks import ended, rank_one, start_ranks
+from ranks import ended, ran_to_the_end, rank_one, start_ranks
 from regraft.engine.config import load_config
 from regraft.engine.training.run import train
 
@@ -64,12 +64,8 @@ def test_processes_hold_weights_and_moments_once(make_config, tmp_path):
     path = make_config(**WHOLE, method="full")
     most = []
     for name, setting in (("shared", "training.ema=null"), ("apart", "training.ema=0.9")):
-        folders = [tmp_path / name / str(rank) for rank in range(2)]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        ranks = start_ranks([path, f"run={tmp_path / name / 'run'}", setting], folders, program=("-c", HELD))
-        for code, errors in ended(ranks):
-            assert code == 0, errors
+        arguments = [path, f"run={tmp_path / name / 'run'}", setting]
+        folders = ran_to_the_end(arguments, tmp_path / name, 2, program=("-c", HELD))
         held = [(folder / "held.txt").read_text().split() for folder in folders]
         assert held[0] == held[1]
         most.append(max(map(int, held[0])))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranks import ended, start_ranks
+from ranks import ran_to_the_end
 
 SHARED = """
 import sys, torch
 from regraft.engine.training import average as module
-from regraft.engine.training.optimizer import build_optimizer
 from regraft.engine.training.shared_update import SharedUpdate
 from regraft.engine.training.together import meet, processes, rank
 from regraft.kernels.embedding import RowGradient
@@ -71,11 +70,7 @@ torch.save((found, weights[0].detach().clone()), "found.pt")
 
 @pytest.mark.parametrize(("how", "count"), [("dense", 2), ("dense", 3), ("rows", 2), ("rows", 3)])
 def test_shares_of_an_update_make_up_the_whole_one(tmp_path, how, count):
-    folders = [tmp_path / str(rank) for rank in range(count)]
-    for folder in folders:
-        folder.mkdir()
-    for code, errors in ended(start_ranks([how], folders, program=("-c", SHARED))):
-        assert code == 0, errors
+    folders = ran_to_the_end([how], tmp_path, count, program=("-c", SHARED))
     each, own = zip(*(torch.load(folder / "found.pt") for folder in folders), strict=True)
     start = torch.Generator().manual_seed(7)
     shapes = [(3,), (300, 50), (), (41, 1000), (17,)]
