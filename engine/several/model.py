@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, SequenceClassifierOutput
 
 from regraft.engine.errors import ConfigError, ModelError
 from regraft.engine.models import AroundBackbone, logits_of
@@ -32,14 +32,22 @@ LOG_VARIANCE_RATE = 1e-2  # learning rate of the losses' weights: one number a t
 
 
 class Given(nn.Module):
-    """Stands where a head's own encoder was, and gives it what the shared one found."""
+    """Stands where a head's own encoder was, and gives it what the shared one found, through the head's own pooler."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.holds = SimpleNamespace(output=None)  # no attribute of the module: an export would trip over it
+        # Tasks that share a pooler pull at one layer of it: each has its own, as it has in a run of its own.
+        self.pooler = getattr(encoder, "pooler", None)
+        self.activation = getattr(encoder, "pooler_activation", None)  # ALBERT's pooler is a bare linear layer
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return self.holds.output
+        output = self.holds.output
+        if self.pooler is None:
+            return output
+        hidden = output.last_hidden_state
+        pooled = self.pooler(hidden) if self.activation is None else self.activation(self.pooler(hidden[:, 0]))
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=pooled)
 
 
 class ManyHeads(AroundBackbone):
@@ -51,22 +59,18 @@ class ManyHeads(AroundBackbone):
 
     def __init__(self, views: Sequence[Any], reads: Sequence[str]) -> None:
         super().__init__()
+        self.regraft_fresh = _fresh_names(views)
         encoders = [getattr(view, view.base_model_prefix) for view in views]
-        sizes = [sum(p.numel() for p in encoder.parameters()) for encoder in encoders]
-        chosen = sizes.index(max(sizes))  # one with a pooler, where any head needs it
-        self.regraft_fresh = _fresh_names(views, chosen)
-        self.backbone = encoders[chosen]
-        for view in views:
-            setattr(view, view.base_model_prefix, Given())
+        for view, encoder in zip(views, encoders, strict=True):
+            setattr(view, view.base_model_prefix, Given(encoder))
+        self.backbone = encoders[0]
+        self._put_pooler(None)
         self.heads = nn.ModuleList(views)
         self.taken = [SEEN_BY_HEADS & set(inspect.signature(view.forward).parameters) for view in views]
         self.log_variances: nn.ParameterList | None = None
         self.reads = tuple(reads)
         self.joined_at_tokens = any(r != FIRST for r in reads)
         self._packed = False
-        pooler = getattr(self.backbone, "pooler", None)
-        if self.joined_at_tokens and pooler is not None:  # takes `[:, 0]`
-            pooler.register_forward_pre_hook(self._pooled_rows)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -87,11 +91,10 @@ class ManyHeads(AroundBackbone):
         firsts = self._first_rows(output) if self.joined_at_tokens and self._packed else output
         logits = []
         view: Any
-        for view, reads, taken in zip(self.heads, self.reads, self.taken, strict=True):
-            holds = getattr(view, view.base_model_prefix).holds
-            holds.output = firsts if reads == FIRST else output
+        for view, given, reads, taken in zip(self.heads, self._given(), self.reads, self.taken, strict=True):
+            given.holds.output = firsts if reads == FIRST else output
             found = logits_of(view(**{name: value for name, value in inputs.items() if name in taken}))
-            holds.output = None
+            given.holds.output = None
             logits.append(self._along(found, inputs["input_ids"]) if reads == FIRST else found)
         joined = torch.cat(logits, dim=-1)
         if self.training and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -112,11 +115,6 @@ class ManyHeads(AroundBackbone):
             rows = hidden.index_select(0, layout.starts)
         return type(output)(**{**output, "last_hidden_state": rows[:, None]})
 
-    def _pooled_rows(self, module: nn.Module, inputs: Any) -> Any:
-        if not self._packed:
-            return inputs
-        return (inputs[0][0].index_select(0, self.regraft_state.layout.starts)[:, None], *inputs[1:])
-
     def _along(self, logits: Tensor, input_ids: Tensor) -> Tensor:
         """First rows' logits [B, C] at each of their sequence's tokens, where that is where logits stand."""
         if not self.joined_at_tokens:
@@ -126,11 +124,22 @@ class ManyHeads(AroundBackbone):
         return logits.index_select(0, owners(self.regraft_state.layout, input_ids.shape[1]))[None]
 
     def save_pretrained(self, folder: Path) -> None:
-        """The encoder as a plain Hugging Face model, the heads beside it by their tasks' place."""
+        """The encoder as a plain Hugging Face model, with a pooler that a head has; the heads beside it by their tasks'
+        place."""
         from safetensors.torch import save_file
 
+        self._put_pooler(next((given.pooler for given in self._given() if given.pooler is not None), None))
         self.backbone.save_pretrained(folder)
+        self._put_pooler(None)
         save_file({n: p.detach().contiguous() for n, p in self.heads.state_dict().items()}, folder / HEADS_FILE)
+
+    def _given(self) -> list[Given]:
+        heads: Iterator[Any] = iter(self.heads)
+        return [getattr(view, view.base_model_prefix) for view in heads]
+
+    def _put_pooler(self, pooler: nn.Module | None) -> None:
+        if hasattr(self.backbone, "pooler"):
+            self.backbone.pooler = pooler
 
 
 def owners(layout: Any, tokens: int) -> Tensor:
@@ -141,15 +150,15 @@ def owners(layout: Any, tokens: int) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths, output_size=tokens)
 
 
-def _fresh_names(views: Sequence[Any], chosen: int) -> frozenset[str]:
+def _fresh_names(views: Sequence[Any]) -> frozenset[str]:
     """What was drawn at random, by its name here."""
     found = set()
     for number, view in enumerate(views):
         prefix = f"{view.base_model_prefix}."
         for name in getattr(view, "regraft_fresh", ()):
-            if not name.startswith(prefix):
+            if not name.startswith(prefix) or name.startswith(f"{prefix}pooler."):
                 found.add(f"heads.{number}.{name}")
-            elif number == chosen:
+            elif number == 0:
                 found.add(f"backbone.{name.removeprefix(prefix)}")
     return frozenset(found)
 
