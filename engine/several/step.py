@@ -1,7 +1,8 @@
 """Optimizer steps that take turns: each is of one task, and is that task's own step with a weight on its loss.
 
 So a task's loss is what it is in a run of its own, whatever its rows weigh; rows of different kinds never meet in a
-batch; and heads that are not concerned are left as they are, their moments and their decay too.
+batch; and heads that are not concerned are left as they are, their moments and their decay too. A gradient that
+a given weight makes larger or smaller is clipped to that much more or less: else clipping would take the weight back.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ class TurnStepper(Stepper):
         turn = self.turns[name]
         turn.token_budget = self.token_budget
         loss = turn._gradients(step, units)
+        if turn.max_grad_norm is not None:
+            self.max_grad_norm = turn.max_grad_norm * turn.task.weight  # type: ignore[attr-defined]
         for parameter in self.others[name]:
             parameter.grad = None  # 0 so far, by which moments would decay and weights go on moving
         return loss

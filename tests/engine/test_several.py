@@ -242,6 +242,25 @@ def test_a_tasks_step_is_the_one_of_a_model_of_its_own(mixed):
     assert all(p.grad is None for head in ours.heads[1:] for p in head.parameters())
 
 
+@pytest.mark.parametrize("most", [None, 1e-2])
+def test_a_weight_counts_with_gradients_clipped_too(mixed, most):
+    """What a step adds to the moments is the task's own clipped gradient times its weight."""
+    from regraft.engine.several.run import SeveralRun
+
+    first = []
+    for weight in (1.0, 0.25):
+        tasks = {name: {**task, "weight": weight} for name, task in mixed.tasks.items()}
+        path = mixed.make("weighs", tasks=tasks, training={"max_grad_norm": most})
+        run = SeveralRun(load_config(path), mixed.folder / "none", None, True)
+        run.prepare()
+        run.build()
+        run.stepper(0, np.arange(8))
+        encoder = run.running.model.backbone.encoder.parameters()
+        first.append(torch.cat([run.stepper.optimizer.state[p]["exp_avg"].flatten() for p in encoder]))
+    assert torch.allclose(first[1], 0.25 * first[0], rtol=1e-3, atol=1e-9)
+    assert first[1].abs().max() > 1e-6
+
+
 def test_a_mixed_evaluation_is_that_of_each_task_alone(learned):
     whole = load_trained(learned.folder)
     together = evaluate(whole.running, heldout_examples(whole, None), whole.task, token_budget=300).metrics
