@@ -26,7 +26,7 @@ WITHIN = 1.0  # points
 SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-4,
     "batch_size": 32,
-    "epochs": 2,
+    "epochs": 3,
     "ema": 0.998,
     "evaluate_every": 1300,
     "weight_decay": quality.WEIGHT_DECAY,
@@ -72,7 +72,8 @@ def _known(seeds: list[int], options: argparse.Namespace, published: Path) -> li
     runs: list[Run] = []
     for seed in sorted({0, 1, 2, *seeds}):
         mark = _mark(seed, options)
-        if (WORK / "tasks" / mark / "found.json").is_file():
+        alone = all(quality.earlier(name, OURS, seed, options) for name in TASKS)  # else they would be trained now
+        if alone and (WORK / "tasks" / mark / "found.json").is_file():
             runs += measured(seed, options)
         else:
             runs += published_with(published, mark)

@@ -446,6 +446,17 @@ def test_a_figure_of_another_precision_says_which(tmp_path: Path, monkeypatch: p
     assert {one.case for one in multi.everything_measured([0], options, options.out)} == set(multi.settings())
 
 
+def test_what_is_published_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (quality, multi):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+        monkeypatch.setattr(module, "turn", lambda *_, **__: pytest.fail("a run was started"))
+    options = options_of(quick=False, restart=False, out=tmp_path / "published.json", precision="bf16")
+    together = tmp_path / "tasks" / multi._mark(0, options) / "found.json"
+    together.parent.mkdir(parents=True)
+    together.write_text(json.dumps({"metrics": {}, "run_seconds": 1.0}), encoding="utf-8")
+    assert multi.everything_measured([0], options, options.out) == []
+
+
 def test_a_case_that_is_kept_says_where_it_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
     harness.publish(SPEED, runs_of(regraft=[1]), options_of(quick=False, out=path), versions={})
