@@ -55,7 +55,7 @@ def test_every_process_ends_with_the_mean_of_all(tmp_path, count, how):
                 assert torch.equal(after[numbers], of_step[0][1][numbers])  # bit for bit the same everywhere
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, which Linux has")
 def test_nobody_waits_for_a_process_that_is_gone_or_for_ever(monkeypatch):
     monkeypatch.setattr(together, "_patience", 0.3)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:

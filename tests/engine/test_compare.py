@@ -108,7 +108,7 @@ def test_a_comparison_that_is_stopped_keeps_its_points_and_leaves_no_process(mak
         assert list((tmp_path / "tmp").glob("regraft-*")) == []
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks its workers, as on Linux")
 @pytest.mark.parametrize("victim", ["the way's process", "the one it was forked from"])
 def test_a_way_that_is_killed_is_said_and_the_others_are_measured(make_config, write_rows, tmp_path, victim):
     import psutil
@@ -168,7 +168,7 @@ def test_the_budget_is_kept(make_config, tmp_path):
     assert not slow.complete
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks its workers, as on Linux")
 def test_memory_is_what_a_process_of_its_own_would_hold(make_config, tmp_path):
     path = make_config(training={"epochs": 1, "threads": 1})
     held = np.ones(200_000_000)  # what this process holds is none of theirs

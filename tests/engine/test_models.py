@@ -59,9 +59,9 @@ PADDED = {
 }
 
 
-def build(name: str, settings: dict) -> RunningModel:
+def build(name: str, settings: dict, seed: int = 0) -> RunningModel:
     config = getattr(transformers, f"{name.split('/')[0]}Config")(**settings)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = AutoModelForSequenceClassification.from_config(config)
     for weight in model.parameters():
         if weight.dim() > 1:  # larger than the usual start, so that mistakes show

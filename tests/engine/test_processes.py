@@ -59,7 +59,7 @@ train(load_config(sys.argv[1], sys.argv[2:]), quiet=True, on_step=held)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc, which Linux has")
 def test_processes_hold_weights_and_moments_once(make_config, tmp_path):
     path = make_config(**WHOLE, method="full")
     most = []

@@ -213,16 +213,22 @@ def test_the_largest_steps_of_each_task_are_among_those_it_takes(seed):
     assert all(any(np.array_equal(rows, other) for other in taken) for rows in found)
 
 
+def built(path: Path):
+    """A run that stands before its first step."""
+    from regraft.engine.several.run import SeveralRun
+
+    run = SeveralRun(load_config(path), path.parent / "none", None, True)
+    run.prepare()
+    run.build()
+    return run
+
+
 def test_a_tasks_step_is_the_one_of_a_model_of_its_own(mixed):
     """Loss and gradients of a turn are those of transformers' own model on a padded batch; other heads get none."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from regraft.engine.several.run import SeveralRun
-
-    config = load_config(mixed.make("same", model={"dropout": 0.0, "kernels": "off"}))
-    run = SeveralRun(config, mixed.folder / "none", None, True)
-    run.prepare()
-    run.build()
+    run = built(mixed.make("same", model={"dropout": 0.0, "kernels": "off"}))
+    config = run.config
     ours, train_rows = run.running.model, run.data.splits["train"]
     units, names = np.arange(12), list(train_rows.parts)
     first = sum(len(train_rows.parts[name]) for name in names[: names.index("mood")])
@@ -245,15 +251,11 @@ def test_a_tasks_step_is_the_one_of_a_model_of_its_own(mixed):
 @pytest.mark.parametrize("most", [None, 1e-2])
 def test_a_weight_counts_with_gradients_clipped_too(mixed, most):
     """What a step adds to the moments is the task's own clipped gradient times its weight."""
-    from regraft.engine.several.run import SeveralRun
-
     first = []
     for weight in (1.0, 0.25):
         tasks = {name: {**task, "weight": weight} for name, task in mixed.tasks.items()}
         path = mixed.make("weighs", tasks=tasks, training={"max_grad_norm": most})
-        run = SeveralRun(load_config(path), mixed.folder / "none", None, True)
-        run.prepare()
-        run.build()
+        run = built(path)
         run.stepper(0, np.arange(8))
         encoder = run.running.model.backbone.encoder.parameters()
         first.append(torch.cat([run.stepper.optimizer.state[p]["exp_avg"].flatten() for p in encoder]))
