@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from regraft.engine import __version__
 from regraft.engine.errors import LostProcessError, RegraftError
 from regraft.engine.threads import give_way
+from regraft.engine.training.together import end_at_once, part
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -49,10 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = args.handler(args) or 0
         sys.stdout.flush()  # a full disk behind it is told here, not after the end
+        part()
         return code
     except KeyboardInterrupt:
-        print("regraft: interrupted", file=sys.stderr)
-        return 130
+        return _refused("interrupted", 130)
     except BrokenPipeError:  # the reader of a pipe has gone, as `| head` does
         leave_output()
         return 0
@@ -72,8 +73,6 @@ def leave_output() -> None:
 
 
 def _refused(message: str, code: int = 2) -> int:
-    from regraft.engine.training.together import end_at_once
-
     print(f"regraft: {message}", file=sys.stderr)
     end_at_once(code)
     return code

@@ -87,24 +87,25 @@ def create_app(session: Model, scheduler: Scheduler, settings: ServeSettings | N
         inputs, model = body.items(), answering(session, body.adapter)
         if len(inputs) > settings.max_items:
             raise TooLarge(f"{len(inputs)} inputs in one request; at most {settings.max_items} are taken at a time")
-        scheduler.check_room()
         nonlocal backlog
-        texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list), body.tasks, session.info.pairs)
-        characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if isinstance(pair, str))
-        if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
-            raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)
-        backlog += characters
-        began = perf_counter()
-        try:
-            prepared = await asyncio.get_running_loop().run_in_executor(tokenizing, model.prepare, texts, pairs)
-        finally:
-            backlog -= characters
-        took = perf_counter() - began
-        if prepared.problems and not isinstance(body.inputs, list):
-            return error_answer(422, "invalid_request", next(iter(prepared.problems.values())), "inputs")
+        with scheduler.expecting() as submit:
+            texts, pairs = taken(model.task, inputs, isinstance(body.inputs, list), body.tasks, session.info.pairs)
+            characters = sum(map(len, texts)) + sum(len(pair) for pair in pairs if isinstance(pair, str))
+            if backlog and backlog + characters > settings.queue_tokens * BACKLOG_CHARACTERS:
+                raise Overloaded(f"{backlog} characters wait for the tokenizer already", 1)
+            backlog += characters
+            began = perf_counter()
+            try:
+                prepared = await asyncio.get_running_loop().run_in_executor(tokenizing, model.prepare, texts, pairs)
+            finally:
+                backlog -= characters
+            took = perf_counter() - began
+            if prepared.problems and not isinstance(body.inputs, list):
+                return error_answer(422, "invalid_request", next(iter(prepared.problems.values())), "inputs")
+            ticket = submit(prepared.items) if prepared.items else None
         outcome = Outcome((), 0.0, 0.0)
-        if prepared.items:
-            outcome = await _answer_or_leave(scheduler, scheduler.submit(prepared.items), request)
+        if ticket is not None:
+            outcome = await _answer_or_leave(scheduler, ticket, request)
         failed = prepared.problems | {
             owner: row.message
             for owner, row in zip(prepared.owners, outcome.rows, strict=True)

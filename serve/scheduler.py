@@ -9,12 +9,15 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from regraft.serve.tickets import Failure, NotReady, Overloaded, Slot, Ticket, TooLarge
 from regraft.serve.tokens import Encoded
+
+STOPPING = "the server is stopping"
 
 Run = Callable[[Sequence[Encoded]], Sequence[np.ndarray]]
 
@@ -47,6 +50,7 @@ class Scheduler:
         self._waiting_tokens = 0
         self._running: tuple[Slot, ...] = ()
         self._busy_since: float | None = None
+        self._expected = 0  # tickets that are being made
         self._stopping = False
         self._broken: str | None = None  # why the model cannot answer; cleared by an answer
         self._dead: str | None = None
@@ -61,6 +65,27 @@ class Scheduler:
 
     def submit(self, items: Sequence[Encoded]) -> Ticket:
         """Admit all items or none. Raises Overloaded, TooLarge or NotReady."""
+        with self._changed:
+            self._refuse_if_stopping()
+            return self._admit(items)
+
+    @contextmanager
+    def expecting(self) -> Iterator[Callable[[Sequence[Encoded]], Ticket]]:
+        """For items that are still to be made: gives `submit` for them, which a stop that comes meanwhile waits for. Raises
+        what `submit` would raise for one token, which spares making them for nothing."""
+        with self._changed:
+            self._refuse_if_stopping()
+            self._refuse(1)
+            self._expected += 1
+        try:
+            yield self._admit
+        finally:
+            with self._changed:
+                self._expected -= 1
+                if self._is_done():
+                    self._changed.notify_all()
+
+    def _admit(self, items: Sequence[Encoded]) -> Ticket:
         if not items:
             raise ValueError("a ticket needs at least one item")
         ticket = Ticket(items, self._clock())
@@ -72,11 +97,6 @@ class Scheduler:
             self._changed.notify_all()
         return ticket
 
-    def check_room(self, tokens: int = 1) -> None:
-        """Raise what `submit` would raise for so many tokens; spares the work of tokenising for nothing."""
-        with self._changed:
-            self._refuse(tokens)
-
     def cancel(self, ticket: Ticket) -> None:
         """What still waits of the ticket never runs; what runs already is dropped."""
         ticket.future.cancel()
@@ -86,7 +106,7 @@ class Scheduler:
     def problem(self) -> str | None:
         """Why the model cannot answer now; None when it can."""
         with self._changed:
-            return self._problem()
+            return self._problem() or (STOPPING if self._stopping else None)
 
     def check(self) -> str | None:
         """`problem()`, and when the worker hangs everybody who waits is told. Called every second or so."""
@@ -105,14 +125,19 @@ class Scheduler:
         return self._recent_tokens / self._recent_seconds if self._recent_seconds else 0.0
 
     def stop(self, grace: float) -> bool:
-        """Refuse new tickets, answer what waits within `grace` seconds, refuse the rest. True when all was answered."""
+        """Refuse new tickets, answer what waits or is expected within `grace` seconds, refuse the rest. True when all was
+        answered."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if self._worker.is_alive():
             self._worker.join(grace)
         finished = not self._worker.is_alive()
-        self._refuse_everyone(f"the server stopped before this was answered (grace of {grace:g} s is over)")
+        problem = f"the server stopped before this was answered (grace of {grace:g} s is over)"
+        if not finished:
+            with self._changed:
+                self._dead = self._dead or problem
+        self._refuse_everyone(problem)
         return finished
 
     # -- the worker -----------------------------------------------------------------------------------------------
@@ -134,9 +159,9 @@ class Scheduler:
         """Wait for work and take what fits. Empty: nothing came for a while, time to probe. None: stopped."""
         with self._changed:
             patience = self._probe_every if self._broken is None else min(1.0, self._probe_every)
-            self._changed.wait_for(lambda: self._waiting or self._stopping, timeout=patience)
+            self._changed.wait_for(lambda: self._waiting or self._is_done(), timeout=patience)
             if not self._waiting:
-                return None if self._stopping else ()
+                return None if self._is_done() else ()
             batch: list[Slot] = []
             tokens = 0
             while self._waiting:
@@ -205,6 +230,10 @@ class Scheduler:
 
     # -- with _changed held ---------------------------------------------------------------------------------------
 
+    def _refuse_if_stopping(self) -> None:
+        if self._stopping:
+            raise NotReady(STOPPING)
+
     def _refuse(self, tokens: int) -> None:
         if (problem := self._problem()) is not None:
             raise NotReady(problem)
@@ -221,11 +250,12 @@ class Scheduler:
     def _problem(self) -> str | None:
         if self._dead is not None:
             return self._dead
-        if self._stopping:
-            return "the server is stopping"
         if self._hung():
             return f"the model has not answered for {self._stall:g} s"
         return self._broken
+
+    def _is_done(self) -> bool:
+        return self._stopping and not self._expected
 
     def _hung(self) -> bool:
         since = self._busy_since

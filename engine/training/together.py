@@ -71,6 +71,15 @@ def meet(timeout: float) -> None:
     limit_waiting(timeout)
 
 
+def part() -> None:
+    """Leave the other processes once all is done; each has to. A thread of torch's that still lets go of the last numbers
+    while the interpreter ends would abort this process: this waits for it."""
+    if _met():
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
 def limit_waiting(timeout: float, group: Any = None) -> None:
     """How long, in seconds, an operation of `group` (None: of all processes) waits for the others."""
     from torch.distributed.distributed_c10d import _set_pg_timeout

@@ -14,7 +14,7 @@ from regraft.engine.training import together
 AVERAGE = """
 import sys, torch
 from regraft.engine.training import average as module, common_memory
-from regraft.engine.training.together import meet, processes, rank
+from regraft.engine.training.together import meet, part, processes, rank
 
 how, rank, count = sys.argv[1], rank(), processes()
 meet(60)
@@ -37,6 +37,7 @@ for step in range(5):
     average(gradients)
     found.append((before, gradients))
 torch.save((found, average.shared is not None), "found.pt")
+part()
 """
 
 

@@ -50,12 +50,14 @@ HELD = """
 import re, sys
 from regraft.engine.config import load_config
 from regraft.engine.training.run import train
+from regraft.engine.training.together import part
 
 def held(info):
     maps = re.findall(r"(?m)^(\\w+)-(\\w+) .*memfd:regraft", open("/proc/self/maps").read())
     print(sum(int(end, 16) - int(start, 16) for start, end in maps), file=open("held.txt", "a"))
 
 train(load_config(sys.argv[1], sys.argv[2:]), quiet=True, on_step=held)
+part()
 """
 
 
@@ -209,7 +211,9 @@ def forward(self, batch):
 
 RunningModel.forward = forward
 from regraft.engine.cli import main
-sys.exit(main())
+code = main()
+assert not torch.distributed.is_initialized()  # or its threads might abort this process as the interpreter ends
+sys.exit(code)
 """
 
 

@@ -11,7 +11,7 @@ SHARED = """
 import sys, torch
 from regraft.engine.training import average as module
 from regraft.engine.training.shared_update import SharedUpdate
-from regraft.engine.training.together import meet, processes, rank
+from regraft.engine.training.together import meet, part, processes, rank
 from regraft.kernels.embedding import RowGradient
 
 by_rows = sys.argv[1] == "rows"
@@ -65,6 +65,7 @@ with torch.no_grad():
     weights[0] += 1 + rank  # no longer the others'
 torch.distributed.barrier()
 torch.save((found, weights[0].detach().clone()), "found.pt")
+part()
 """
 
 

@@ -64,18 +64,17 @@ def test_a_port_in_use_is_one_clear_line(server: Running) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_running_and_waiting_requests_be_answered_and_ends_with_0(number: signal.Signals) -> None:
-    async def talk(running: Running) -> list[int]:
-        async with httpx.AsyncClient(base_url=running.url, timeout=PATIENCE) as client:
-            body = {"inputs": ["good film " * 9] * 20}
-            requests = [asyncio.create_task(client.post("/predict", json=body)) for _ in range(8)]
-            while not (await client.get("/ready")).json()["waiting_tokens"]:
-                await asyncio.sleep(0.005)
-            running.process.send_signal(number)
-            return [(await request).status_code for request in requests]
-
+def test_a_signal_lets_every_request_that_came_before_be_answered_and_ends_with_0(number: signal.Signals) -> None:
+    body = json.dumps({"inputs": ["good film " * 9] * 20})
     with running_server(bundle(work=20), "--max-batch-tokens", "100") as running:
-        assert asyncio.run(talk(running)) == [200] * 8
+        address = httpx.URL(running.url)
+        requests = [http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE) for _ in range(8)]
+        for request in requests:
+            request.request("POST", "/predict", body=body, headers={"content-type": "application/json"})
+        while not httpx.get(f"{running.url}/ready").json()["waiting_tokens"]:  # came after them
+            time.sleep(0.005)
+        running.process.send_signal(number)
+        assert [request.getresponse().status for request in requests] == [200] * 8
         assert running.process.wait(PATIENCE) == 0
         assert running.process.stderr is not None and running.process.stderr.read() == ""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from concurrent.futures import CancelledError
+import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -152,6 +153,27 @@ def test_stopping_answers_what_waits_and_refuses_what_comes() -> None:
         assert [marks(ticket) for ticket in tickets] == [[0], [1], [2], [3]]
         with pytest.raises(NotReady, match="stopping"):
             scheduler.submit([item(1)])
+
+
+def test_stopping_waits_for_what_is_still_being_made() -> None:
+    model = GatedModel()
+    model.open(10)
+    with scheduling(model) as scheduler, ThreadPoolExecutor() as threads:
+        with scheduler.expecting() as submit:
+            stopped = threads.submit(scheduler.stop, PATIENCE)
+            while scheduler.problem() is None:
+                time.sleep(0.001)
+            with pytest.raises(NotReady, match="stopping"):
+                scheduler.submit([item(1, 7)])
+            ticket = submit([item(6, 3)])
+        assert stopped.result(PATIENCE) and marks(ticket) == [3]
+
+
+def test_what_is_made_after_the_grace_time_is_refused() -> None:
+    with scheduling(GatedModel()) as scheduler, scheduler.expecting() as submit:
+        assert not scheduler.stop(grace=0.05)
+        with pytest.raises(NotReady, match="stopped before this was answered"):
+            submit([item(1)])
 
 
 def test_what_is_not_answered_within_the_grace_time_is_told_so() -> None:
