@@ -34,7 +34,8 @@ from harness import (
     threads_of,
     turn,
 )
-from tasks import CONLL, NCBI, QUICK_ROWS, WNUT, short
+from task_cases import CONLL, NCBI, WNUT
+from tasks import QUICK_ROWS, short
 
 CLAIM = Claim(
     "layers",

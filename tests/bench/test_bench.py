@@ -9,50 +9,39 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import compare as comparison
+import features
+import harness
+import layers
+import machine
+import methods
+import onnx_cpu
+import plot
+import products_cpu
+import quality
+import score
+import sources
+import startup
+import task_rows
+import tasks
+import tasks_speed
+import train_cpu
+from benching import SPEED, options_of, runs_of
+
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
-sys.path.insert(0, str(BENCH))
-
-import compare as comparison  # noqa: E402
-import features  # noqa: E402
-import harness  # noqa: E402
-import layers  # noqa: E402
-import machine  # noqa: E402
-import methods  # noqa: E402
-import multi  # noqa: E402
-import onnx_cpu  # noqa: E402
-import plot  # noqa: E402
-import products_cpu  # noqa: E402
-import quality  # noqa: E402
-import score  # noqa: E402
-import sources  # noqa: E402
-import startup  # noqa: E402
-import task_rows  # noqa: E402
-import tasks  # noqa: E402
-import tasks_speed  # noqa: E402
-import train_cpu  # noqa: E402
 
 MEASUREMENTS = {"train_cpu": train_cpu, "quality": quality, "onnx_cpu": onnx_cpu, "startup": startup}
 MEASUREMENTS |= {"features": features, "compare": comparison, "methods": methods, "layers": layers}
 MEASUREMENTS |= {"tasks": tasks, "tasks_speed": tasks_speed, "products_cpu": products_cpu}
-SPEED = harness.Claim("speed", "Something a second", "things/s")
 DATA = Path(os.environ.get("REGRAFT_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA} (REGRAFT_DATA)")
-
-
-def runs_of(**values: list[float]) -> list[harness.Run]:
-    return [harness.Run("case", who, i, v) for who, some in values.items() for i, v in enumerate(some)]
-
-
-def options_of(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"quick": True, "out": None, "threads": 1, "precision": "fp32", **changes})
 
 
 # ---- comparing ----------------------------------------------------------------------------------------------------
@@ -278,52 +267,6 @@ def test_scores_of_numbers_are_correlations() -> None:
     assert found == {"pearson": pytest.approx(98.198, abs=1e-3), "spearman": 100.0}
 
 
-def test_a_model_that_was_scored_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quality, "WORK", tmp_path)
-    options = options_of(precision="fp32", restart=False, out=tmp_path / "published.json")
-    kept = quality.work_folder("rte", "regraft", 0, options).with_suffix(".json")
-    kept.parent.mkdir()
-    kept.write_text(json.dumps({"score": {"accuracy": 61.5}, "seconds": 9.0}), encoding="utf-8")
-    assert quality.measured("rte", "regraft", 0, options).value == 61.5
-    kept.unlink()
-    run = harness.Run("rte", "regraft", 0, 61.5, {"settings": kept.stem})
-    options.out.write_text(json.dumps({"cases": {"rte": {"runs": [asdict(run)]}}}), encoding="utf-8")
-    assert quality.everything_measured([0], options) == [run], (
-        "a published figure counts on a machine without its files"
-    )
-    others = {"precision": options_of(precision="bf16"), "rows": options_of(precision="fp32", quick=False)}
-    for what, changed in others.items():
-        assert quality.work_folder("rte", "regraft", 0, changed).with_suffix(".json") != kept, what
-
-
-def test_a_few_shot_split_that_was_published_is_not_measured_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(comparison, "WORK", tmp_path)
-    (tmp_path / "fewshot").mkdir()
-    asked: list[int] = []
-
-    def go(files: Any, number: int, options: Any) -> dict[str, Any]:
-        asked.append(number)
-        return {"accuracy": 0.5, "seconds": 9.0}
-
-    options = options_of(
-        quick=False, shots=8, test_rows=1000, at_once=2, restart=False, out=tmp_path / "published.json"
-    )
-    found = comparison.kept("setfit", go, {}, 3, options)
-    assert (found["accuracy"], found["alone"], asked) == (0.5, False, [3])
-    run = harness.Run(comparison.ACCURACY, "setfit", 3, 50.0, found)
-    (tmp_path / "fewshot" / f"{found['settings']}.json").unlink()
-    options.out.write_text(json.dumps({"cases": {run.case: {"runs": [asdict(run)]}}}), encoding="utf-8")
-    assert comparison.kept("setfit", go, {}, 3, options) == found
-    assert asked == [3]
-    for change in ({"shots": 16}, {"test_rows": 500}, {"restart": True}):
-        comparison.kept("setfit", go, {}, 3, argparse.Namespace(**{**vars(options), **change}))
-    comparison.kept("regraft", go, {}, 3, options)
-    comparison.kept("setfit", go, {}, 4, options)
-    assert asked == [3, 3, 3, 3, 3, 4]
-
-
 @needs_data
 @pytest.mark.parametrize("name", sorted(sources.SOURCES))
 def test_two_readers_read_the_same_rows(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,132 +300,7 @@ def test_the_long_documents_are_half_of_each_class() -> None:
     assert rows == sources.imdb(40) and min(len(row["text"]) for row in rows) > 100
 
 
-# ---- methods ------------------------------------------------------------------------------------------------------
-
-
-def piece_options(**changes: Any) -> argparse.Namespace:
-    usual = {"methods": None, "models": ",".join(methods.MODELS), "seeds": "0,1", "rows": None, "precision": "fp32"}
-    return options_of(**{"quick": False, "no_compile": False, "restart": False, **usual, **changes})
-
-
-def test_pieces_of_methods_are_told_apart_by_all_that_decides_them() -> None:
-    keys = [piece.key for piece in methods.pieces(piece_options())]
-    assert len(set(keys)) == len(keys)
-    assert keys == [piece.key for piece in methods.pieces(piece_options())]
-    for other in ({"precision": "bf16"}, {"threads": 7}, {"quick": True}):
-        changed = {
-            p.key for p in methods.pieces(piece_options(**other)) if p.who != methods.PEER and p.part != "quality"
-        }
-        assert not changed & set(keys)
-
-
-def test_a_piece_that_is_published_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "WORK", tmp_path)
-    piece = next(p for p in methods.pieces(piece_options()) if p.who == "lora" and p.part == "quality")
-    out = tmp_path / "methods.json"
-    options = piece_options(out=out)
-    assert methods.earlier(piece, options) is None
-    run = harness.Run(piece.case, piece.who, piece.round, 90.0, {"settings": piece.key})
-    full = harness.Run(piece.case, "full", piece.round, 90.25, {"settings": "another"})
-    harness.publish(methods.CLAIM, [run, full], options, versions={}, targets=methods.targets)
-    assert methods.earlier(piece, options) == run
-    [target] = json.loads(out.read_text())["targets"]
-    assert target["measured"] == -0.25 and target["at_least"] == -0.5 and target["reached"]
-
-
 # ---- encoder tasks ------------------------------------------------------------------------------------------------
-
-
-def test_a_figure_of_a_task_counts_wherever_it_was_measured_with_the_same_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks, "WORK", tmp_path)
-    options = options_of(restart=False, out=tmp_path / "published.json")
-    work = tasks.work_name("wnut17", 0, options)
-    found = {"metrics": {"test": {"f1": 0.41234}}, "settings": work}
-    kept = tmp_path / "tasks" / f"{work}.json"
-    kept.parent.mkdir()
-    kept.write_text(json.dumps(found), encoding="utf-8")
-    (run,) = tasks.everything_measured([0], options)
-    assert (run.case, run.who, run.value) == ("wnut17", "regraft-linear", 41.234)
-    kept.unlink()
-    assert tasks.everything_measured([0], options) == []
-    options.out.write_text(json.dumps({"cases": {"wnut17": {"runs": [asdict(run)]}}}), encoding="utf-8")
-    assert tasks.everything_measured([0], options) == [run]
-    in_bf16 = options_of(restart=False, out=options.out, precision="bf16")
-    assert tasks.earlier("wnut17", 0, in_bf16) is None, "measured anew on a machine that is fast at bf16"
-    assert tasks.everything_measured([0], in_bf16) == [run], "and until then it stands"
-    assert tasks.work_name("wnut17", 0, options_of(quick=False)) != work
-    learning = tasks.LEARNINGS["wnut17"]
-    monkeypatch.setitem(tasks.LEARNINGS, "wnut17", replace(learning, training={**learning.training, "epochs": 7}))
-    assert tasks.everything_measured([0], options) == [], "other settings, another figure"
-
-
-@pytest.mark.parametrize(
-    ("in_bf16", "counted"), [({}, "fp32"), ({"regraft": [4, 5]}, "fp32"), ({"regraft": [4, 5], "peer": [6]}, "bf16")]
-)
-def test_figures_stand_until_as_many_are_measured_in_another_precision(in_bf16, counted) -> None:
-    every = {"fp32": runs_of(regraft=[1, 2], peer=[3]), "bf16": runs_of(**in_bf16)}
-
-    def known(options: argparse.Namespace) -> list[harness.Run]:
-        assert options.restart is False, "what was not trained again still stands"
-        return every[options.precision]
-
-    assert harness.in_one_precision(known, options_of(precision="bf16", restart=True)) == every[counted]
-
-
-def test_a_figure_of_another_precision_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (quality, multi):
-        monkeypatch.setattr(module, "WORK", tmp_path)  # not what this checkout has measured
-    options = options_of(quick=False, restart=False, out=tmp_path / "published.json", precision="bf16")
-    fp32 = argparse.Namespace(**vars(options) | {"precision": "fp32"})
-    run = harness.Run("rte", "regraft", 0, 61.5, {"settings": quality.work_folder("rte", "regraft", 0, fp32).name})
-    options.out.write_text(json.dumps({"cases": {"rte": {"runs": [asdict(run)]}}}), encoding="utf-8")
-    assert quality.everything_measured([0], options) == [run]
-    assert quality.precision_of(run, options) == "fp32"
-    together = [harness.Run(name, "regraft", 0, 50.0, {"settings": multi._mark(0, fp32)}) for name in multi.settings()]
-    cases = {one.case: {"runs": [asdict(one)]} for one in together}
-    options.out.write_text(json.dumps({"cases": cases}), encoding="utf-8")
-    assert {one.case for one in multi.everything_measured([0], options, options.out)} == set(multi.settings())
-
-
-def test_what_is_published_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (quality, multi):
-        monkeypatch.setattr(module, "WORK", tmp_path)
-        monkeypatch.setattr(module, "turn", lambda *_, **__: pytest.fail("a run was started"))
-    options = options_of(quick=False, restart=False, out=tmp_path / "published.json", precision="bf16")
-    together = tmp_path / "tasks" / multi._mark(0, options) / "found.json"
-    together.parent.mkdir(parents=True)
-    together.write_text(json.dumps({"metrics": {}, "run_seconds": 1.0}), encoding="utf-8")
-    assert multi.everything_measured([0], options, options.out) == []
-
-
-def test_a_case_that_is_kept_says_where_it_was_measured(tmp_path: Path) -> None:
-    path = tmp_path / "speed.json"
-    harness.publish(SPEED, runs_of(regraft=[1]), options_of(quick=False, out=path), versions={})
-    first = json.loads(path.read_text())
-    path.write_text(json.dumps(first | {"machine": {"cpu": "an old one"}, "command": "before"}), encoding="utf-8")
-    kept = harness.published_cases(path, without=["other"])
-    other = [replace(run, case="other") for run in runs_of(regraft=[2])]
-    harness.publish(SPEED, other, options_of(quick=False, out=path), versions={}, kept=kept)
-    cases = json.loads(path.read_text())["cases"]
-    assert (cases["case"]["measured"]["machine"]["cpu"], cases["case"]["measured"]["command"]) == (
-        "an old one",
-        "before",
-    )
-    assert "measured" not in cases["other"]
-    again = harness.published_cases(path, without=[])
-    assert again["case"]["measured"]["command"] == "before", "and goes on saying so"
-    assert harness.published_cases(path, without=["case"]).keys() == {"other"}
-
-
-def test_a_run_that_goes_on_from_another_depends_on_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    options, name = options_of(), "imdb-1000-adapted"
-    before = tasks.work_name(name, 0, options), tasks.work_name("imdb-1000", 0, options)
-    start = tasks.LEARNINGS["imdb-adapted"]
-    monkeypatch.setitem(tasks.LEARNINGS, "imdb-adapted", replace(start, model={"max_length": 64}))
-    assert tasks.work_name(name, 0, options) != before[0]
-    assert tasks.work_name("imdb-1000", 0, options) == before[1]
 
 
 def test_every_case_has_figures_that_are_learned_and_targets_that_are_figures() -> None:

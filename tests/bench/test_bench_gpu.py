@@ -67,7 +67,6 @@ def test_what_fails_costs_no_other_case_its_figures(tmp_path):
 
 @pytest.fixture
 def timing(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
     import gpu_timing
 
     return gpu_timing
@@ -137,7 +136,6 @@ def test_a_turn_counts_the_real_tokens_of_its_window(who):
 
 
 def test_what_the_last_layer_skips_is_not_counted_as_work(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
     import train_gpu
 
     lengths, width, inner = [5, 1], 32, 64

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+import harness
 
-import harness  # noqa: E402
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 def script(folder: Path, text: str) -> str:
